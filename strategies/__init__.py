@@ -1,0 +1,1 @@
+"""How work is laid on GPUs: strategies, their registry, the selector, placement and pipelining."""
