@@ -1,0 +1,104 @@
+"""What of a training run its memory depends on, beside the model and the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parallel_tune.memory.parameters import DEFAULT_TARGETS
+from strategies.errors import ConfigError
+
+MIB = 1 << 20
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained, as far as memory and time depend on it.
+
+    Attributes:
+        method: every weight, or LoRA adapters beside frozen ones.
+        load_in_4bit: the frozen linears are held as nf4 with double quantisation.
+        lora_targets: names of the adapted linears; ("all-linear",) for all but the head.
+        compute_dtype: dtype of the forward pass, and of weights that are not quantised.
+        weights_dtype: dtype of the weights when it is not the compute dtype (float32 master weights).
+        optimizer: transformers' name of the optimizer.
+        cross_entropy: "plain" makes all logits at once; "fused" never holds more than a chunk of them.
+        sequence_length: tokens of a full row.
+        packed: rows are joined without padding, and no attention mask is given.
+        lora_dtype: dtype of the adapters.
+    """
+
+    method: Literal["full", "lora"] = "lora"
+    load_in_4bit: bool = False
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = DEFAULT_TARGETS
+    lora_dropout: float = 0.0
+    compute_dtype: str = "bfloat16"
+    weights_dtype: str | None = None
+    optimizer: str = "adamw_torch"
+    cross_entropy: Literal["plain", "fused"] = "plain"
+    engine: Literal["unsloth", "transformers"] = "transformers"
+    sequence_length: int = 2048
+    packed: bool = False
+    lora_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("compute_dtype", "weights_dtype", "lora_dtype"):
+            value = getattr(self, name)
+            if value is not None and value not in DTYPE_BYTES:
+                raise ConfigError(f"{name} is {value!r}", f"Choose one of {', '.join(DTYPE_BYTES)}.")
+        if self.load_in_4bit and self.method == "full":
+            raise ConfigError(
+                "load_in_4bit is set for a full fine-tuning", "4-bit weights cannot be trained: use LoRA beside them."
+            )
+        if self.method == "lora" and self.lora_rank < 1:
+            raise ConfigError(f"lora_rank is {self.lora_rank}", "Give a rank of at least 1, or train in full.")
+        if self.sequence_length < 1:
+            raise ConfigError(f"sequence_length is {self.sequence_length}", "Give at least one token.")
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one element of the forward pass."""
+        return DTYPE_BYTES[self.compute_dtype]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight that is not quantised."""
+        return DTYPE_BYTES[self.weights_dtype or self.compute_dtype]
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of one adapter weight."""
+        return DTYPE_BYTES[self.lora_dtype]
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the Trainer runs the forward pass under autocast: it does whenever it computes in 16 bits."""
+        return self.compute_bytes == 2
+
+
+@dataclass(frozen=True)
+class MachineConstants:
+    """Bytes that the tensor allocator does not see; to be measured per GPU model and software stack.
+
+    Attributes:
+        context_bytes: what a process holds on the device before its first tensor.
+        nccl_bytes: what a process group adds after its first all-reduce.
+        reserve_fraction: what the caching allocator holds beyond live tensors at the peak, as a share of them.
+        nf4_scratch_bytes: what bitsandbytes holds beside the tensors that the formulas count.
+    """
+
+    context_bytes: int
+    nccl_bytes: int
+    reserve_fraction: float
+    nf4_scratch_bytes: int = 0
+
+
+CUDA_DEFAULTS = MachineConstants(context_bytes=630 * MIB, nccl_bytes=350 * MIB, reserve_fraction=0.03)
+"""Unmeasured cards. Context: what a stray process shows on an H100 (FACTS, Unsloth). NCCL and reserve are guesses on
+the safe side until `bench` has measured the machine."""
+
+CPU_DEFAULTS = MachineConstants(context_bytes=500 * MIB, nccl_bytes=0, reserve_fraction=0.0)
+"""Measured: an idle worker that has imported torch 2.13, transformers 5.17, peft and trl and opened a gloo group holds
+499 MiB resident (x86-64 Linux). The C allocator's slack is not modelled."""

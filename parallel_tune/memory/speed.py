@@ -1,0 +1,60 @@
+"""Seconds of one micro-batch: what the device computes, and what the host spends issuing it."""
+
+from __future__ import annotations
+
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.parameters import part_parameters
+from parallel_tune.memory.settings import TrainingSettings
+from strategies.contracts import Arrangement, Device, Part
+
+MATMUL_EFFICIENCY = 0.5
+"""Share of the device's sustained matrix rate that a training step reaches. From FACTS, Speed: Llama-8B LoRA at 2,048
+tokens in a captured step does 10,200 tokens/s on an H100, which is 3.2e14 FLOP/s of its about 6.5e14 sustained."""
+
+HOST_SECONDS_PER_LAYER = {"transformers": 0.216 / 32, "unsloth": 0.43 / 36 * 0.47 / 0.68}
+"""Host time of one layer's forward and backward without checkpointing, on the slow hosts of FACTS, Speed:
+transformers + peft, 32 layers, 216 ms; Unsloth, 36 layers, 430 ms with checkpointing, which costs it 0.68 / 0.47."""
+
+CHECKPOINT_HOST_FACTOR = 0.68 / 0.47
+"""Host time with checkpointing against without (FACTS, Speed: the same step of Unsloth)."""
+
+
+def micro_batch_flops(facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:
+    """Floating-point operations of one micro-batch through a part, forward and backward.
+
+    Each weight costs 2 FLOP per token forward, 2 for its input's gradient and 2 for its own (Kaplan et al. 2020);
+    a frozen weight has no gradient of its own. A query meets half the keys before it, or a window of them.
+    """
+    tokens = arrangement.micro_batch * settings.sequence_length
+    counts = part_parameters(facts, part)
+    active_experts = counts.expert * facts.experts_per_token / facts.num_experts if facts.num_experts else 0.0
+    table = facts.vocab_size * facts.hidden_size
+    # A tied head computes although it holds no parameters of its own.
+    forward = 2.0 * tokens * (counts.linear + active_experts + (table if part.head else 0))
+    attention = sum(
+        4.0 * tokens * _keys_per_query(facts, settings, layer) * facts.query_size
+        for layer in range(part.first_layer, part.last_layer + 1)
+    )
+    recomputed = 0 if arrangement.gradient_checkpointing == "none" else 1
+    passes = 1 + recomputed + (2 if settings.method == "full" else 1)
+    # Attention's backward is twice its forward, and half as much again where its scores are recomputed.
+    return forward * passes + attention * (1 + recomputed + 2.5)
+
+
+def micro_batch_seconds(
+    facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement, device: Device
+) -> float:
+    """Device seconds of one micro-batch: a roofline of matrix work alone."""
+    flops = micro_batch_flops(facts, settings, part, arrangement)
+    return flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY)
+
+
+def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:
+    """Host seconds of issuing one micro-batch, which do not depend on its length."""
+    factor = 1.0 if arrangement.gradient_checkpointing == "none" else CHECKPOINT_HOST_FACTOR
+    return HOST_SECONDS_PER_LAYER[settings.engine] * factor * part.num_layers
+
+
+def _keys_per_query(facts: ModelFacts, settings: TrainingSettings, layer: int) -> float:
+    half = settings.sequence_length / 2
+    return min(half, facts.sliding_window) if layer in facts.windowed_layers else half

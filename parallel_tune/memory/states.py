@@ -1,0 +1,129 @@
+"""Bytes that live through a whole run: weights, adapters, gradients, optimizer states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.parameters import PartParameters, adapter_shapes, layer_linears, part_parameters
+from parallel_tune.memory.settings import TrainingSettings
+from strategies.contracts import Part
+from strategies.errors import ConfigError
+
+NF4_BLOCK = 64
+"""Weights that share one scale in bitsandbytes' 4-bit form."""
+NF4_SCALE_BLOCK = 256
+"""Scales that share one float32 scale of their own (double quantisation)."""
+NF4_TABLE_BYTES = 16 * 4 + 256 * 4 + 4
+"""Per matrix: the 16 nf4 values, the 256 values of the 8-bit scales, and their offset, all float32."""
+BNB_8BIT_BLOCK = 256
+"""Optimizer states that share one float32 scale in bitsandbytes' 8-bit form."""
+BNB_8BIT_SMALLEST = 4096
+"""Tensors with fewer elements keep float32 states (bitsandbytes min_8bit_size)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps and needs for each trainable element.
+
+    Attributes:
+        states: moments per element.
+        eight_bit: the moments are bitsandbytes' 8-bit blocks.
+        paged: the moments live in unified memory, which the driver can move to the host.
+        foreach_temporaries: whole-model temporaries in the weights' dtype at the step.
+    """
+
+    states: int
+    eight_bit: bool = False
+    paged: bool = False
+    foreach_temporaries: int = 0
+
+
+OPTIMIZERS = {
+    "adamw_torch": Optimizer(2, foreach_temporaries=1),
+    "adamw_torch_fused": Optimizer(2),
+    "adamw_8bit": Optimizer(2, eight_bit=True),
+    "adamw_bnb_8bit": Optimizer(2, eight_bit=True),
+    "paged_adamw_8bit": Optimizer(2, eight_bit=True, paged=True),
+    "paged_adamw_32bit": Optimizer(2, paged=True),
+    "lion_8bit": Optimizer(1, eight_bit=True),
+    "lion_32bit": Optimizer(1),
+    "sgd": Optimizer(0),
+}
+"""By transformers' names. adamw_torch keeps one extra list on CUDA: `_multi_tensor_adamw` takes the square roots of all
+second moments at once (torch.optim.adamw); the fused kernel takes none."""
+
+
+def optimizer_named(name: str) -> Optimizer:
+    """The optimizer that transformers knows under this name.
+
+    Raises:
+        ConfigError: its memory is not known.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"the memory of optimizer {name!r} is not known", f"Choose one of {', '.join(OPTIMIZERS)}.")
+    return OPTIMIZERS[name]
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one part on one device that activations do not touch.
+
+    Attributes:
+        optimizer_temporaries_bytes: what the optimizer step holds on top, for its duration.
+    """
+
+    weights_bytes: int
+    adapters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    optimizer_temporaries_bytes: int
+
+
+def nf4_bytes(parameters: int, modules: int) -> int:
+    """Bytes of linears in nf4 with double quantisation (Dettmers et al. 2023): half a byte per weight, a byte per
+    block of 64, a float32 per 256 such blocks, and each matrix's tables."""
+    scales = math.ceil(parameters / NF4_BLOCK)
+    return parameters // 2 + scales + 4 * math.ceil(scales / NF4_SCALE_BLOCK) + modules * NF4_TABLE_BYTES
+
+
+def weight_bytes(counts: PartParameters, settings: TrainingSettings) -> int:
+    """Bytes of the base weights."""
+    if not settings.load_in_4bit:
+        return counts.total * settings.weight_bytes
+    rest = counts.total - counts.linear
+    return nf4_bytes(counts.linear, counts.linear_modules) + rest * settings.weight_bytes
+
+
+def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> tuple[int, int]:
+    """Trainable elements of a part: all, and those in tensors too small for 8-bit states."""
+    layers = range(part.first_layer, part.last_layer + 1)
+    if settings.method == "lora":
+        sizes = [r * c for i in layers for r, c in adapter_shapes(facts, i, settings.lora_rank, settings.lora_targets)]
+        return sum(sizes), sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
+    small = 0
+    for layer in layers:
+        vectors = [facts.hidden_size] * facts.norms_per_layer + ([facts.head_dim] * 2 if facts.qk_norm else [])
+        vectors += [linear.bias_parameters for linear in layer_linears(facts, layer)]
+        small += sum(size for size in vectors if size < BNB_8BIT_SMALLEST)
+    return part_parameters(facts, part).total, small
+
+
+def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:
+    """Weights, adapters, gradients and optimizer states of a part; torch keeps moments in the parameter's dtype."""
+    optimizer = optimizer_named(settings.optimizer)
+    trainable, small = trainable_sizes(facts, settings, part)
+    element = settings.adapter_bytes if settings.method == "lora" else settings.weight_bytes
+    if optimizer.eight_bit:
+        large = trainable - small
+        states = optimizer.states * (large + 4 * math.ceil(large / BNB_8BIT_BLOCK) + 4 * small)
+    else:
+        states = optimizer.states * trainable * element
+    return StateBytes(
+        weights_bytes=weight_bytes(part_parameters(facts, part), settings),
+        adapters_bytes=trainable * element if settings.method == "lora" else 0,
+        gradients_bytes=trainable * element,
+        optimizer_bytes=0 if optimizer.paged else states,
+        optimizer_temporaries_bytes=optimizer.foreach_temporaries * trainable * element,
+    )
