@@ -13,6 +13,8 @@ DEFAULT_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 """The seven linears of a layer that LoRA adapts unless the user says otherwise."""
 ALL_LINEAR = "all-linear"
 """peft's word for every linear but the head."""
+EXPERT_TARGETS = {"mixtral": ("w1", "w2", "w3"), "qwen3_moe": MLP_TARGETS}
+"""Families whose stacked experts peft adapts, and the names that stand for them (peft 0.21; not Qwen2-MoE)."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ def total_parameters(facts: ModelFacts) -> int:
 def adapted_linears(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> tuple[Linear, ...]:
     """The linears of a layer that LoRA adapts: those that exist under a targeted name, as peft matches them.
 
-    In a mixture model peft takes gate, up and down for the experts' names alone: the same linears of dense layers and
-    shared experts stay as they are (`_convert_peft_config_moe`).
+    Where peft takes gate, up and down for the experts' names, the same linears of dense layers stay as they are
+    (`_convert_peft_config_moe`).
     """
     linears = layer_linears(facts, layer)
-    if facts.num_experts:
+    if facts.model_type in EXPERT_TARGETS:
         linears = tuple(linear for linear in linears if linear.name not in MLP_TARGETS)
     return linears if ALL_LINEAR in targets else tuple(linear for linear in linears if linear.name in targets)
 
@@ -151,13 +153,13 @@ def adapted_linears(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> 
 def adapts_experts(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> bool:
     """Whether peft adapts the stacked experts of a layer.
 
-    peft's `_convert_peft_config_moe` maps the names that single experts had before transformers 5 (w1, w2, w3 in
-    Mixtral, gate_proj, up_proj, down_proj in Qwen) to the stacked tensors.
+    peft's `_convert_peft_config_moe` maps the names that single experts had before transformers 5 to the stacked
+    tensors, for some families.
     """
     if not facts.is_mixture(layer):
         return False
-    names = {"w1", "w2", "w3"} if facts.model_type == "mixtral" else set(MLP_TARGETS)
-    return ALL_LINEAR in targets or names <= set(targets)
+    names = EXPERT_TARGETS.get(facts.model_type)
+    return names is not None and (ALL_LINEAR in targets or set(names) <= set(targets))
 
 
 def adapter_shapes(facts: ModelFacts, layer: int, rank: int, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
