@@ -50,6 +50,9 @@ class Session(Protocol):
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over all ranks, in float64. Every rank calls it."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order, on every rank. Every rank calls it."""
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
 

@@ -1,0 +1,151 @@
+"""The one entry of a training process: obey the plan, train, save, report, and leave with a code that says it.
+
+    python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from parallel_tune.launch import pid_file
+from parallel_tune.process import die_with_parent, leave
+from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
+from strategies.errors import ParallelTuneError, RunFailed, Stopped
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the run directory says. Never returns."""
+    die_with_parent()
+    run = RunDir(Path(arguments[0]))
+    checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
+    rank = int(os.environ.get("RANK", "0"))
+    redirect_output(run.log(rank))
+    write_atomically(pid_file(run, rank), str(os.getpid()))
+    leave(run_to_its_end(run, rank, checkpoint))
+
+
+def run_to_its_end(run: RunDir, rank: int, checkpoint: Path | None) -> int:
+    """Train, write this rank's outcome and return its exit code."""
+    try:
+        train(run, checkpoint)
+        outcome = Outcome(0)
+    except ParallelTuneError as error:
+        outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
+    except BaseException as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        outcome = Outcome(1, message, _hint(error), traceback.format_exc())
+    write_outcome(run, rank, outcome)
+    return outcome.code
+
+
+def _hint(error: BaseException) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "The device's memory did not suffice, so the prediction was wrong: use a smaller "
+            "--per_device_train_batch_size or --max_seq_length, or --use_gradient_checkpointing full."
+        )
+    return "The log of the rank has the whole story; --debug shows the traceback here."
+
+
+def redirect_output(log: Path) -> None:
+    """Send all that this process and its libraries print to its log file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def train(run: RunDir, checkpoint: Path | None) -> None:
+    """One rank's whole training.
+
+    Raises:
+        Stopped: a signal ended it; a checkpoint is on disk.
+        ParallelTuneError: it could not be done, and why.
+    """
+    started = time.monotonic()
+    config, plan = run.read()
+    from parallel_tune.engines import open_engine
+
+    engine = open_engine(plan.engine)
+    engine.prepare()  # before transformers, trl and peft are imported
+
+    import torch
+
+    from parallel_tune import report
+    from parallel_tune.callbacks import MetricsWriter, StopAtSignal
+    from parallel_tune.data import prepare_data
+    from parallel_tune.sampler import GlobalBatches
+    from parallel_tune.training import build_trainer
+    from strategies.registry import load_registry
+
+    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
+    stop = StopAtSignal(session)
+    stop.listen()
+    dtype = compute_dtype(config.dtype, session.device)
+    model, tokenizer = engine.load(config, plan, session, dtype)
+    train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
+    batches = GlobalBatches(
+        lengths=tuple(len(row["input_ids"]) for row in train_rows),
+        targets=tuple(sum(label != -100 for label in row["labels"]) for row in train_rows),
+        global_batch=plan.global_batch,
+        seed=config.seed,
+    )
+    model = engine.add_adapters(model, config, plan)
+    session.place(model)
+    metrics = MetricsWriter(run, batches, session)
+    trainer = build_trainer(
+        model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
+        engine.training_arguments(plan), [metrics, stop],
+    )  # fmt: skip
+    losses: dict[str, float] = {}
+    if held_out_rows is not None:
+        losses["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Stopped(
+            f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            f"checkpoint-{trainer.state.global_step} is on disk",
+            f"Go on with `parallel-tune resume {run.path}`.",
+        )
+    if held_out_rows is not None:
+        losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+    if session.is_main:
+        save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
+    report.write(
+        run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, time.monotonic() - started
+    )
+    session.barrier()
+    session.close()
+
+
+def compute_dtype(name: str, device: Any) -> Any:
+    """The torch dtype that a name stands for on this device."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def save_result(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the trained weights; the folder appears only when complete."""
+    part = folder.with_name(f".{folder.name}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        raise RunFailed(f"{folder} exists already", "Move it away and resume the run.")
+    part.rename(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
