@@ -31,9 +31,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self.seconds = 0.0
         self.final_loss: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_step = state.global_step
         self._last_time = time.monotonic()
 

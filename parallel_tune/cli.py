@@ -50,7 +50,9 @@ def program() -> None:
 
 @program.command(cls=GroupedHelp, context_settings=TOKENS)
 @train_options
-@click.option("--print_config", is_flag=True, default=False, cls=GroupedOption, help="Print the settings as a recipe and leave.")
+@click.option(
+    "--print_config", is_flag=True, default=False, cls=GroupedOption, help="Print the settings as a recipe and leave."
+)
 @debug_option
 def train(config_file: str | None, print_config: bool, debug: bool, **options: Any) -> None:
     """Train; the verb may be left out."""

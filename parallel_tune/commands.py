@@ -42,7 +42,7 @@ def decide(config: TrainConfig, hardware: Hardware) -> tuple[Plan, list[str]]:
     plan = planning.make_plan(config, load_model_facts(config.model), engine, hardware, registry)
     plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
-    lines += registry.warnings
+    lines += registry.warnings()
     if not gpus and not config.hardware:
         lines.append(
             "No GPU was found: training on the CPU as one device (cpu:1). "

@@ -183,8 +183,31 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name} = {value!r} is not of type {wanted.__name__}", f"Give {name} as {wanted.__name__}.")
 
 
-_POSITIVE = ["max_seq_length", "r", "lora_alpha", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs", "logging_steps", "max_rows", "ddp_timeout"]
-_NOT_NEGATIVE = ["lora_dropout", "val_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "seed", "random_state"]
+_POSITIVE = [
+    "max_seq_length",
+    "r",
+    "lora_alpha",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "logging_steps",
+    "max_rows",
+    "ddp_timeout",
+]
+_NOT_NEGATIVE = [
+    "lora_dropout",
+    "val_size",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "save_steps",
+    "eval_steps",
+    "seed",
+    "random_state",
+]
 
 
 def validate(config: TrainConfig) -> TrainConfig:

@@ -63,7 +63,9 @@ def summary(report: dict[str, Any], run: Path) -> str:
         lines.append(f"held-out loss {before:.4f} -> {after:.4f}")
     measured = [device for device in report["devices"] if "allocated_peak_bytes" in device]
     if measured:
-        lines.append(f"{'device':<8}{'predicted':>12}{'in use':>12}{'off by':>9}{'tensors':>12}{'predicted':>12}{'off by':>9}")
+        lines.append(
+            f"{'device':<8}{'predicted':>12}{'in use':>12}{'off by':>9}{'tensors':>12}{'predicted':>12}{'off by':>9}"
+        )
         for device in measured:
             used, allocated = device["used_peak_bytes"], device["allocated_peak_bytes"]
             predicted_used, predicted = device["predicted_peak_bytes"], device["predicted_allocated_bytes"]
@@ -77,5 +79,3 @@ def summary(report: dict[str, Any], run: Path) -> str:
 
 def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-

@@ -11,7 +11,9 @@ from strategies.base import Session
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: Any, collate: Callable[[list[Any]], dict[str, Any]], batch_size: int, session: Session) -> float:
+def held_out_loss(
+    model: Any, rows: Any, collate: Callable[[list[Any]], dict[str, Any]], batch_size: int, session: Session
+) -> float:
     """Mean cross-entropy per predicted token over all rows; each rank takes every world_size-th row.
 
     Args:

@@ -160,7 +160,9 @@ def require_fit(plan: Plan, strategy: str) -> None:
     from strategies.selector import no_strategy_fits
 
     error = no_strategy_fits(plan, strategy)
-    changes = [f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)" for item in plan.suggestions]
+    changes = [
+        f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)" for item in plan.suggestions
+    ]
     hint = "\n".join([error.hint, *(["One of these alone would fit:", *changes] if changes else [])])
     raise NoStrategyFits(error.message, hint)
 

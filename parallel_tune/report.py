@@ -15,7 +15,17 @@ from parallel_tune.rundir import RunDir, write_atomically
 from strategies.base import Session
 from strategies.contracts import Plan
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "unsloth", "bitsandbytes", "parallel-tune")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "unsloth",
+    "bitsandbytes",
+    "parallel-tune",
+)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ and micro-batch trains on the same samples in the same step.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,7 +41,9 @@ class GlobalBatches:
         start = step_in_epoch * self.global_batch
         return list(_epoch_order(self.num_samples, self.seed, epoch)[start : start + self.global_batch])
 
-    def micro_batches(self, step: int, processes: int, micro_batch: int, num_micro_batches: int) -> list[list[list[int]]]:
+    def micro_batches(
+        self, step: int, processes: int, micro_batch: int, num_micro_batches: int
+    ) -> list[list[list[int]]]:
         """Sample ids of each rank's micro-batches, indexed [rank][micro-batch]; some may be empty.
 
         Rows of similar length meet in a micro-batch, and all ranks work on similar lengths at once, so that little is
@@ -96,7 +98,7 @@ class MicroBatchSampler:
     def __len__(self) -> int:
         return self._batches.steps_per_epoch * self._arguments[2]
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
+    def __iter__(self) -> Iterator[list[int]]:
         first = self._epoch * self._batches.steps_per_epoch
         for step in range(first, first + self._batches.steps_per_epoch):
             yield from self._batches.micro_batches(step, *self._arguments)[self._rank]

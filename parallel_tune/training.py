@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from parallel_tune.checkpoint import mark_complete, rotate
 from parallel_tune.config import TrainConfig
-from parallel_tune.data import collate
+from parallel_tune.data import EncodedRows, collate
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from strategies.base import Session
@@ -38,7 +38,9 @@ class Arguments(SFTConfig):  # type: ignore[misc]
 class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose steps are global batches, and whose loss is the mean over all their predicted tokens."""
 
-    def __init__(self, *, batches: GlobalBatches, session: Session, plan: Plan, keep: int | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, batches: GlobalBatches, session: Session, plan: Plan, keep: int | None, **kwargs: Any
+    ) -> None:
         self.batches = batches
         self.session = session
         self.plan = plan
@@ -73,7 +75,9 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         # Known from the step alone: no rank has to ask the others.
         return torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The model's own loss, normalised over the global batch.
 
         TRL's needs a Triton kernel, so a GPU, and gathers metrics over all ranks in each micro-batch.
@@ -88,7 +92,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -105,8 +109,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 def build_trainer(
     model: Any,
     tokenizer: Any,
-    train_rows: Any,
-    held_out_rows: Any,
+    train_rows: EncodedRows,
+    held_out_rows: EncodedRows | None,
     batches: GlobalBatches,
     config: TrainConfig,
     plan: Plan,
@@ -163,8 +167,8 @@ def build_trainer(
         keep=config.save_total_limit,
         model=model,
         args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=held_out_rows,
+        train_dataset=train_rows.to_dataset(),
+        eval_dataset=held_out_rows.to_dataset() if held_out_rows is not None else None,
         processing_class=tokenizer,
         data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
         callbacks=callbacks,

@@ -1,6 +1,6 @@
 """The one entry of a training process: obey the plan, train, save, report, and leave with a code that says it.
 
-    python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
+python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
 """
 
 from __future__ import annotations
@@ -77,11 +77,9 @@ def train(run: RunDir, checkpoint: Path | None) -> None:
     engine = open_engine(plan.engine)
     engine.prepare()  # before transformers, trl and peft are imported
 
-    import torch
-
     from parallel_tune import report
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
-    from parallel_tune.data import prepare_data
+    from parallel_tune.data.prepare import prepare_data
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
@@ -93,8 +91,8 @@ def train(run: RunDir, checkpoint: Path | None) -> None:
     model, tokenizer = engine.load(config, plan, session, dtype)
     train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
     batches = GlobalBatches(
-        lengths=tuple(len(row["input_ids"]) for row in train_rows),
-        targets=tuple(sum(label != -100 for label in row["labels"]) for row in train_rows),
+        lengths=tuple(train_rows.lengths),
+        targets=tuple(train_rows.answer_tokens),
         global_batch=plan.global_batch,
         seed=config.seed,
     )

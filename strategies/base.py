@@ -77,5 +77,5 @@ class Strategy(Protocol):
     def plan(self, workload: Workload, hardware: Hardware, estimate: Estimator) -> Plan:
         """The fastest plan that fits; if none does, the one that comes closest, with `fits` False. Pure."""
 
-    def open(self, plan: Plan) -> Session:
-        """Open the session of this training process."""
+    def open(self, plan: Plan, timeout_seconds: int) -> Session:
+        """Open the session of this training process; a collective that waits longer than the timeout fails."""

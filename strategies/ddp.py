@@ -64,11 +64,11 @@ class DDP:
         )
         return to_plan(self.name, workload, chosen, {"": "local_rank"}, reasons)
 
-    def open(self, plan: Plan) -> Session:
+    def open(self, plan: Plan, timeout_seconds: int) -> Session:
         """Open the session of this rank."""
         from strategies.sessions import open_replica
 
-        return open_replica(plan)
+        return open_replica(plan, timeout_seconds)
 
 
 def _candidates(

@@ -59,7 +59,7 @@ class ModelParallel:
         reasons = (*_reasons(chosen), *left_out_reasons(chosen, candidates, hardware.devices))
         return to_plan(self.name, workload, chosen, device_map(workload, chosen.stages), reasons)
 
-    def open(self, plan: Plan) -> Session:
+    def open(self, plan: Plan, timeout_seconds: int) -> Session:
         """Open the session of the one process."""
         from strategies.sessions import open_split
 

@@ -117,7 +117,7 @@ class SplitSession:
         self._stages = None
 
 
-def open_replica(plan: Plan, timeout: timedelta = timedelta(minutes=30)) -> ReplicaSession:
+def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:
     """Join the process group that the launcher's variables describe; the device is chosen before anything uses it."""
     session = ReplicaSession(plan)
     if plan.devices[0].kind == "cuda":
@@ -126,7 +126,7 @@ def open_replica(plan: Plan, timeout: timedelta = timedelta(minutes=30)) -> Repl
         cuda = plan.devices[0].kind == "cuda"
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_seconds),
             device_id=session.device if cuda else None,
         )
     return session

@@ -32,7 +32,8 @@ class TransformersEngine:
             )
         except OSError as error:
             raise ConfigError(
-                f"cannot load the model {config.model!r}: {error}", "Give a Hub id that you may read, or a local folder."
+                f"cannot load the model {config.model!r}: {error}",
+                "Give a Hub id that you may read, or a local folder.",
             ) from error
         return model, load_tokenizer(config)
 

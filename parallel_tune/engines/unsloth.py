@@ -17,7 +17,12 @@ class UnslothEngine:
     def prepare(self) -> None:
         # Ranks that compile into one folder race; Unsloth's default lies in the working directory.
         rank = os.environ.get("RANK", "0")
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "parallel-tune" / "unsloth" / f"rank-{rank}"
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            / "parallel-tune"
+            / "unsloth"
+            / f"rank-{rank}"
+        )
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
