@@ -67,7 +67,7 @@ def plan(config: TrainConfig, as_json: bool) -> None:
 def train(config: TrainConfig) -> None:
     """Plan, start, watch, and show the result."""
     launch = refusal.find_launch(os.environ)
-    refusal.check_settings(config.strategy, config.device_map)
+    refusal.check_settings(config.strategy, config.device_map, launch)
     if launch is not None:
         from parallel_tune.joined import train_joined
 

@@ -21,7 +21,7 @@ MAX_DEVICES = 64
 _EXAMPLES = "E.g. 2xH100-80GB, 1xA100-40GB+1xRTX3090-24GB, or cpu:2."
 
 
-def declared_hardware(text: str) -> Hardware:
+def parse_hardware(text: str) -> Hardware:
     """The devices that `--hardware` names, e.g. "2xH100-80GB", "1xA100-40GB+1xRTX3090-24GB", "cpu:2".
 
     Raises:

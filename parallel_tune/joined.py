@@ -35,7 +35,7 @@ def train_joined(config: TrainConfig, launch: Launch) -> None:
 
 
 def _train_as_rank(config: TrainConfig, launch: Launch) -> int:
-    os.environ.update(RANK=str(launch.rank), LOCAL_RANK=str(launch.local_rank), WORLD_SIZE=str(launch.world_size))
+    os.environ.update(launch.environment)
     import torch
     import torch.distributed as dist
 

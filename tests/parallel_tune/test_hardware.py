@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from parallel_tune.gpus import GPUS, known_gpu
-from parallel_tune.hardware import available_memory_bytes, declared_hardware, probe, probe_details
+from parallel_tune.hardware import available_memory_bytes, parse_hardware, probe, probe_details
 from parallel_tune.nvml import NvmlGpu, probe_gpus, read_nvml, visible_indices
 from strategies.errors import ConfigError
 
@@ -30,7 +30,7 @@ UUIDS = ["GPU-8851a751-8b21", "GPU-10b9176f-0298", "GPU-10c00000-0000"]
     ],
 )
 def test_declared_gpus(text: str, totals_mib: list[int]) -> None:
-    hardware = declared_hardware(text)
+    hardware = parse_hardware(text)
     assert hardware.declared
     assert hardware.kind == "cuda"
     assert [d.capacity_bytes // MIB for d in hardware.devices] == totals_mib
@@ -40,12 +40,12 @@ def test_declared_gpus(text: str, totals_mib: list[int]) -> None:
 
 @pytest.mark.parametrize(("text", "bf16"), [("T4", False), ("V100-16GB", False), ("RTX3060", True), ("H100", True)])
 def test_bf16_by_compute_capability(text: str, bf16: bool) -> None:
-    assert declared_hardware(text).devices[0].supports_bf16 is bf16
+    assert parse_hardware(text).devices[0].supports_bf16 is bf16
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_virtual_devices_share_the_memory(count: int) -> None:
-    devices = declared_hardware(f"cpu:{count}").devices
+    devices = parse_hardware(f"cpu:{count}").devices
     assert [d.kind for d in devices] == ["cpu"] * count
     assert devices[0].free_bytes * count <= available_memory_bytes() * 1.2
     assert devices[0].name == "CPU"
@@ -68,14 +68,14 @@ def test_virtual_devices_share_the_memory(count: int) -> None:
 )
 def test_what_is_not_understood_is_said(text: str, message: str, hint: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        declared_hardware(text)
+        parse_hardware(text)
     assert message in refusal.value.message
     assert hint in refusal.value.hint
 
 
 def test_names_of_the_table_are_unique_and_declarable() -> None:
     for gpu in GPUS:
-        assert declared_hardware(gpu.name).devices[0].capacity_bytes == gpu.total_mib * MIB
+        assert parse_hardware(gpu.name).devices[0].capacity_bytes == gpu.total_mib * MIB
 
 
 @pytest.mark.parametrize(
