@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from strategies.base import Estimator
@@ -89,22 +91,21 @@ def _candidate(
     workload: Workload, devices: tuple[Device, ...], global_batch: int, arrangement: Arrangement, estimate: Estimator
 ) -> Candidate:
     whole = Part(0, workload.num_layers - 1, embedding=True, head=True)
-    replicas = tuple(
-        Stage(
-            device,
-            whole,
-            estimate.memory(whole, arrangement, device),
-            estimate.micro_batch_seconds(whole, arrangement, device),
-        )
-        for device in devices
-    )
+    first_alike: dict[Device, Stage] = {}
+    replicas = []
+    for device in devices:
+        alike = replace(device, index=0)
+        if alike not in first_alike:
+            memory = estimate.memory(whole, arrangement, device)
+            first_alike[alike] = Stage(device, whole, memory, estimate.micro_batch_seconds(whole, arrangement, device))
+        replicas.append(replace(first_alike[alike], device=device))
     # Ranks wait for each other once a step, and a rank issues its next kernels while its device still works.
-    slowest = max(max(r.device_seconds, estimate.host_seconds(whole, arrangement)) for r in replicas)
+    slowest = max(*(r.device_seconds for r in replicas), estimate.host_seconds(whole, arrangement))
     seconds = arrangement.gradient_accumulation_steps * slowest + _all_reduce_seconds(replicas)
-    return Candidate(arrangement, global_batch, replicas, seconds, workload.sequence_length)
+    return Candidate(arrangement, global_batch, tuple(replicas), seconds, workload.sequence_length)
 
 
-def _all_reduce_seconds(replicas: tuple[Stage, ...]) -> float:
+def _all_reduce_seconds(replicas: Sequence[Stage]) -> float:
     # A ring sends and receives each gradient 2 (p - 1) / p times.
     processes = len(replicas)
     rate = ALL_REDUCE_BYTES_PER_SECOND[replicas[0].device.kind]

@@ -43,7 +43,7 @@ class ModelParallel:
         batch = batching(workload, processes=1)
         candidates: list[Candidate] = []
         for devices in _sets(workload, hardware):
-            if any(c.fits for c in candidates) and not unequal_speed(hardware.devices):
+            if candidates and not _worth_dropping(candidates, hardware):
                 break
             for checkpointing in checkpointing_choices(workload, devices[0]):
                 for lanes in self._lane_choices(workload, devices):
@@ -100,6 +100,17 @@ def step_seconds(stages: Sequence[Stage], host_seconds: float, micro_batches: in
     if lanes == 1:
         return micro_batches * max(once, host_seconds)
     return max(once + (micro_batches - 1) * slowest(stages), micro_batches * host_seconds)
+
+
+def _worth_dropping(candidates: Sequence[Candidate], hardware: Hardware) -> bool:
+    """Whether fewer devices than those tried so far could do better.
+
+    Where these hold the model, only by leaving out a slow one. Where they do not, only if some device was overfull
+    with a single layer: else a cut over fewer devices has no less on the others, and the best cut was too full.
+    """
+    if any(c.fits for c in candidates):
+        return unequal_speed(hardware.devices)
+    return any(stage.part.num_layers == 1 and not stage.fits for c in candidates for stage in c.stages)
 
 
 def _sets(workload: Workload, hardware: Hardware) -> list[tuple[Device, ...]]:
