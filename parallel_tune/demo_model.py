@@ -81,8 +81,8 @@ def _make(work: Path) -> Path:
     command = [sys.executable, "-P", "-m", "parallel_tune.demo_model", str(work / WEIGHTS), str(work / "model")]
     _run("convert the demo model", command, {**os.environ, "PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""})
     made = work / "model"
-    for file in made.iterdir():
-        file.chmod(0o644)  # safetensors writes for the owner alone, and the folder may be shared
+    for part in made.iterdir():
+        part.chmod(0o644)  # safetensors writes for the owner alone, and the folder may be shared
     sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     (made / MARKER).write_text(json.dumps({"package": PACKAGE, "bytes": sizes}, indent=1), encoding="utf-8")
     return made
