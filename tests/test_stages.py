@@ -275,7 +275,7 @@ def test_other_refusals() -> None:
     stages.undo()
     layers = dissect(model).layers
     layers[4].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
-    with pytest.raises(ConfigError, match="down_proj.weight is shared by stages 0 and 1"):
+    with pytest.raises(ConfigError, match=r"down_proj\.weight is shared by stages 0 and 1"):
         split(model, [0, 2], [CPU] * 2)
     model.config.num_hidden_layers = 9
     with pytest.raises(ConfigError, match="no list of 9 layers"):

@@ -1,0 +1,592 @@
+"""Lanes compute bit for bit what one micro-batch after the other computes, whatever the threads do."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import threading
+import time
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from strategies.board import Board
+from strategies.pipeline import Lanes
+from strategies.randomness import generator_of, seed_of
+from strategies.stages import Stages, dissect, split
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+VOCAB = 31
+CUTS = {1: [0], 2: [0, 2], 3: [0, 1, 3], 4: [0, 1, 2, 3]}
+THOROUGH = "PARALLEL_TUNE_INTERLEAVINGS" in os.environ
+Gradients = dict[str, Tensor | None]
+
+
+def tiny(kind: str = "full", dropout: float = 0.0, layers: int = 4, config: str = "LlamaConfig", **more: Any) -> Any:
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "tie_word_embeddings": kind == "tied",
+        "attention_dropout": dropout,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**shape, **more))
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=dropout))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for index in range(count):
+        ids = torch.randint(3, VOCAB, (1, 4 + index % 3), generator=generator)
+        result.append({"input_ids": ids, "labels": ids})
+    return result
+
+
+def checkpointing(model: Any, mode: str) -> None:
+    if mode == "off":
+        return
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+
+
+def loss_of(model: Any) -> Any:
+    return lambda index, batch: model(**batch, use_cache=False).loss
+
+
+def gradients(model: nn.Module) -> Gradients:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def naive(model: Any, inputs: Sequence[Any], calls: int = 1) -> tuple[list[Tensor], Gradients]:
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for batch in list(inputs) * calls:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, gradients(model)
+
+
+def in_lanes(lanes: Lanes, model: Any, inputs: Sequence[Any], calls: int = 1) -> tuple[list[Tensor], Gradients]:
+    model.zero_grad(set_to_none=True)
+    losses = [loss for _ in range(calls) for loss in lanes.run(inputs, loss_of(model))]
+    return losses, gradients(model)
+
+
+def assert_same(expected: tuple[list[Tensor], Gradients], found: tuple[list[Tensor], Gradients]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(expected[0], found[0], strict=True))
+    for name, gradient in expected[1].items():
+        other = found[1][name]
+        assert (gradient is None) == (other is None), name
+        assert gradient is None or (other is not None and torch.equal(gradient, other)), name
+
+
+def assert_at_rest(lanes: Lanes, course: Any = None) -> None:
+    """No lane works, none holds a token or a job."""
+    assert lanes._job is None
+    assert all(thread.is_alive() for thread in lanes._threads)
+
+
+@pytest.mark.parametrize("mode", ["off", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", ["full", "lora", "tied"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_gradients_are_bitwise_the_naive_ones(count: int, kind: str, mode: str) -> None:
+    model = tiny(kind)
+    checkpointing(model, mode)
+    sizes = range(1, 10) if THOROUGH else (1, 4, 9)
+    expected = {size: naive(model, batches(size)) for size in sizes}
+    stages = split(model, CUTS[count], [CPU] * count)
+    for num_lanes in range(1, 6):
+        with Lanes(stages, num_lanes) as lanes:
+            for size in sizes:
+                before = [(c.forward, c.backward) for c in stages.crossings]
+                assert_same(expected[size], in_lanes(lanes, model, batches(size)))
+                after = [(c.forward, c.backward) for c in stages.crossings]
+                assert after == [(f + size, b + size) for f, b in before]
+            assert lanes.reason is None
+            assert_at_rest(lanes)
+
+
+@pytest.mark.parametrize("config", ["Qwen3Config", "Gemma3TextConfig", "MistralConfig"])
+def test_other_families(config: str) -> None:
+    more = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = tiny("tied", config=config, **(more if config == "Gemma3TextConfig" else {}))
+    expected = naive(model, batches(5))
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 3) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(5)))
+        assert lanes.reason is None
+
+
+def test_one_stage() -> None:
+    model = tiny()
+    expected = naive(model, batches(3))
+    with Lanes(split(model, [0], [CPU]), 2) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(3)))
+
+
+@pytest.mark.parametrize("frozen", [[0], [1], [2], [0, 1], [1, 2], [0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("mode", ["off", "non-reentrant"])
+def test_stages_without_trained_weights(frozen: list[int], mode: str) -> None:
+    model = tiny()
+    stages = split(model, CUTS[3], [CPU] * 3)
+    for stage in frozen:
+        for parameter in stages.parameters[stage].values():
+            parameter.requires_grad_(False)
+    if mode != "off":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if frozen == [0, 1, 2]:
+        with Lanes(stages, 2) as lanes:
+            assert len(lanes.run(batches(3), loss_of(model))) == 3
+        return
+    expected = naive(model, batches(4))
+    with Lanes(stages, 2) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(4)))
+
+
+def test_gradients_accumulate_over_calls_and_weights_stay_equal_over_steps() -> None:
+    model = tiny("tied")
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, other)]
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 3) as lanes:
+        for _ in range(3):
+            assert_same(naive(other, batches(4), calls=2), in_lanes(lanes, model, batches(4), calls=2))
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["off", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_dropout_masks_are_those_of_the_naive_run_with_the_same_seeds(kind: str, mode: str) -> None:
+    """The reference is the split model, uncut, with each stage's part of a micro-batch seeded alike."""
+    model = tiny(kind, dropout=0.3)
+    checkpointing(model, mode)
+    stages = split(model, CUTS[3], [CPU] * 3)
+
+    class Seeding:
+        def cross(self, stage: int, tensors: Sequence[Tensor], late: bool) -> Sequence[Tensor]:
+            if not late:
+                generator_of(CPU).manual_seed(seed_of(5, 1, self.index, stage))
+            return stages.cross(stage, tensors, late)
+
+        def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+            return stages.lend(weight, device)
+
+        index = 0
+
+    losses = []
+    seeding = Seeding()
+    for seeding.index, batch in enumerate(batches(6)):
+        generator_of(CPU).manual_seed(seed_of(5, 1, seeding.index, 0))
+        with stages.carried_by(seeding):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    expected = losses, gradients(model)
+
+    state = torch.get_rng_state()
+    for num_lanes in (1, 2, 4):
+        with Lanes(stages, num_lanes, seed=5) as lanes:
+            assert_same(expected, in_lanes(lanes, model, batches(6)))
+            other = lanes.run(batches(6), loss_of(model), key=2)
+            assert not all(torch.equal(a, b) for a, b in zip(losses, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_without_gradients_then_training_finds_the_dropout() -> None:
+    model = tiny(dropout=0.3).eval()
+    stages = split(model, CUTS[2], [CPU] * 2)
+    with Lanes(stages, 2) as lanes:
+        with torch.no_grad():
+            evaluated = lanes.run(batches(3), loss_of(model))
+            assert all(torch.equal(a, loss_of(model)(0, b)) for a, b in zip(evaluated, batches(3), strict=True))
+        assert all(parameter.grad is None for parameter in model.parameters())
+        model.train()
+        first, second = (lanes.run(batches(3), loss_of(model), key=1) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_lanes_work_under_the_callers_autocast_hooks_and_context() -> None:
+    model = tiny()
+    packed: list[str] = []
+
+    def both() -> tuple[Any, Any]:
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        return torch.autocast("cpu", dtype=torch.bfloat16), hooks
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(threading.current_thread().name)
+        return tensor
+
+    autocast, hooks = both()
+    with autocast, hooks:
+        expected = naive(model, batches(4))
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 2) as lanes:
+        autocast, hooks = both()
+        with autocast, hooks:
+            found = in_lanes(lanes, model, batches(4))
+        assert lanes.reason is None
+        assert_same(expected, found)
+        assert {"lane-0"} <= set(packed)
+        assert_same(naive(model, batches(2)), in_lanes(lanes, model, batches(2)))
+
+
+def test_checkpoint_functions_come_back_at_close() -> None:
+    model = tiny()
+    checkpointing(model, "reentrant")
+    before = [module._gradient_checkpointing_func for module in dissect(model).layers]
+    with Lanes(split(model, CUTS[2], [CPU] * 2), 2) as lanes:
+        lanes.run(batches(1), loss_of(model))
+        assert all(module._gradient_checkpointing_func not in before for module in dissect(model).layers)
+    assert [module._gradient_checkpointing_func for module in dissect(model).layers] == before
+    lanes.close()
+    assert not any(thread.name.startswith("lane-") for thread in threading.enumerate())
+    with pytest.raises(RuntimeError, match="closed"):
+        lanes.run(batches(1), loss_of(model))
+
+
+# --- schedules, delays, failures ---
+
+
+def overlaps(lanes: Lanes) -> bool:
+    """Whether two lanes were in different stages at once."""
+    segments = lanes.timeline()
+    return any(
+        a.stage != b.stage and a.micro_batch != b.micro_batch and a.start < b.end and b.start < a.end
+        for a in segments
+        for b in segments
+    )
+
+
+def test_two_lanes_are_in_different_stages_at_once() -> None:
+    model = tiny()
+    stages = split(model, CUTS[2], [CPU] * 2)
+    layers = dissect(model).layers
+    meeting = threading.Barrier(2)
+    calls = {0: 0, 2: 0}
+
+    def meet(layer: int, from_call: int) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            calls[layer] += 1
+            if from_call <= calls[layer] < from_call + 3:
+                meeting.wait(timeout=30)  # only passes when another lane stands at the other hook
+
+        return hook
+
+    with Lanes(stages, 2) as lanes:
+        expected = in_lanes(lanes, model, batches(4))
+        # Micro-batch i at stage 0 meets micro-batch i-1 at stage 1.
+        handles = [layers[0].register_forward_pre_hook(meet(0, 2)), layers[2].register_forward_pre_hook(meet(2, 1))]
+        assert_same(expected, in_lanes(lanes, model, batches(4)))
+        assert overlaps(lanes)
+        for handle in handles:
+            handle.remove()
+    with Lanes(stages, 1) as serial:
+        assert_same(expected, in_lanes(serial, model, batches(4)))
+        assert not overlaps(serial)
+        done = [(s.stage, s.micro_batch, s.direction) for s in serial.timeline()]
+    assert done == [
+        step for i in range(4) for step in [(0, i, "forward"), (1, i, "forward+backward"), (0, i, "backward")]
+    ]
+
+
+def test_one_gradient_in_every_interleaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random delays before each request for a token and before each hand-over. More by the environment variable."""
+    chance = random.Random(11)
+    acquire, release = Board.acquire, Board.release
+
+    def pause() -> None:
+        time.sleep(chance.choice([0, 0, 1e-5, 2e-4, 1e-3]))
+
+    def slow_acquire(self: Board, segment: int, micro_batch: int, backward: bool) -> None:
+        pause()
+        acquire(self, segment, micro_batch, backward)
+
+    def slow_release(self: Board, segment: int, micro_batch: int, backward: bool) -> None:
+        pause()
+        release(self, segment, micro_batch, backward)
+
+    monkeypatch.setattr(Board, "acquire", slow_acquire)
+    monkeypatch.setattr(Board, "release", slow_release)
+    runs = int(os.environ.get("PARALLEL_TUNE_INTERLEAVINGS", "200")) // 4
+    orders = set()
+    for kind, count, mode in [("full", 3, "off"), ("tied", 4, "off"), ("lora", 2, "reentrant"), ("tied", 3, "off")]:
+        model = tiny(kind, dropout=0.3 if (kind, count) == ("tied", 3) else 0.0)
+        checkpointing(model, mode)
+        stages = split(model, CUTS[count], [CPU] * count)
+        with Lanes(stages, 1) as serial:
+            model.zero_grad(set_to_none=True)
+            expected = serial.run(batches(5), loss_of(model), key=1), gradients(model)
+        for num_lanes in (2, 4):
+            with Lanes(stages, num_lanes) as lanes:
+                for _ in range((runs + 1) // 2):
+                    model.zero_grad(set_to_none=True)
+                    found = lanes.run(batches(5), loss_of(model), key=1), gradients(model)
+                    assert_same(expected, found)
+                    orders.add(tuple((s.stage, s.micro_batch, s.direction) for s in lanes.timeline()))
+    assert len(orders) > runs / 2  # the schedules did differ
+
+
+class InjectedError(Exception):
+    """Raised on purpose."""
+
+
+def test_a_hundred_failures_each_end_all_lanes_with_that_error_and_leave_nothing_behind() -> None:
+    model = tiny("lora")
+    checkpointing(model, "non-reentrant")
+    expected = naive(model, batches(5))
+    stages = split(model, CUTS[3], [CPU] * 3)
+    chance = random.Random(5)
+    countdown = [0]
+    kinds = [InjectedError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError]
+    raised: list[BaseException] = []
+
+    def fail_at_last(*_: Any) -> None:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raised.append(chance.choice(kinds)("injected"))
+            raise raised[-1]
+
+    def fail_in_backward(_m: nn.Module, _i: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(fail_at_last)
+
+    boards: list[Board] = []
+    with Lanes(stages, 3) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(5)))
+        for layer in dissect(model).layers:
+            # Forward and its recomputation; and the backward pass itself.
+            layer.mlp.register_forward_pre_hook(fail_at_last)
+            layer.mlp.register_forward_hook(fail_in_backward)
+        threads = threading.active_count()
+        taken = Board.take
+
+        def remember(board: Board) -> int | None:
+            boards.append(board)
+            return taken(board)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Board, "take", remember)
+            for _ in range(100):
+                countdown[0] = chance.randint(1, 50)
+                with pytest.raises(BaseException) as caught:
+                    in_lanes(lanes, model, batches(5))
+                assert caught.value is raised[-1]
+                assert boards[-1].held == {}
+                assert_at_rest(lanes)
+                assert threading.active_count() == threads
+                countdown[0] = 0
+        for _ in range(3):
+            assert_same(expected, in_lanes(lanes, model, batches(5)))
+    assert len(raised) == 100
+    assert {type(error) for error in raised} == set(kinds)
+
+
+def test_each_failure_is_followed_by_a_right_step() -> None:
+    model = tiny("tied")
+    expected = naive(model, batches(4))
+    stages = split(model, CUTS[2], [CPU] * 2)
+    for failing in range(4):
+        with Lanes(stages, 2) as lanes:
+
+            def forward(index: int, batch: Any, failing: int = failing) -> Tensor:
+                loss: Tensor = model(**batch, use_cache=False).loss
+                if index == failing and threading.current_thread() is not threading.main_thread():
+                    raise InjectedError(index)
+                return loss
+
+            with pytest.raises(InjectedError, match=str(failing)):
+                lanes.run(batches(4), forward)
+            assert_same(expected, in_lanes(lanes, model, batches(4)))
+
+
+def test_an_interrupt_of_the_main_thread_ends_the_lanes() -> None:
+    model = tiny()
+    expected = naive(model, batches(4))
+    with Lanes(split(model, CUTS[2], [CPU] * 2), 2) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(4)))
+        interrupted = threading.Event()
+
+        def forward(index: int, batch: Any) -> Tensor:
+            if index == 1:
+                signal.raise_signal(signal.SIGINT)
+                while not lanes._job or lanes._job.course.board.error is None:
+                    time.sleep(0.001)
+                interrupted.set()
+            loss: Tensor = model(**batch, use_cache=False).loss
+            return loss
+
+        with pytest.raises(KeyboardInterrupt):
+            lanes.run(batches(4), forward)
+        assert interrupted.is_set()
+        assert_at_rest(lanes)
+        assert_same(expected, in_lanes(lanes, model, batches(4)))
+
+
+# --- what crosses, and what cannot be cut ---
+
+
+class ToyLayer(nn.Module):
+    """Takes and changes several tensors; `leak` makes it read what an earlier layer left behind."""
+
+    def __init__(self, leak: dict[str, Tensor] | None, index: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.gate = nn.Linear(6, 6)
+        self.leak, self.index = leak, index
+
+    def forward(self, hidden: Tensor, side: tuple[Tensor, dict[str, Tensor]], *, scale: Tensor) -> Tensor:
+        extra = side[0] * side[1]["fixed"]
+        if self.leak is not None:
+            if self.index == 0:
+                self.leak["gate"] = self.gate(hidden)
+            elif self.index == 3:
+                extra = extra + self.leak["gate"]
+        return torch.tanh(self.linear(hidden) * scale + self.gate(extra))
+
+
+class Toy(nn.Module):
+    """A causal model in the shape that `split` looks for; its outer loop hands every layer tensors that train."""
+
+    def __init__(self, leak: bool = False, passes: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = types.SimpleNamespace(num_hidden_layers=4)
+        store: dict[str, Tensor] | None = {} if leak else None
+        self.inner = nn.Module()
+        self.inner.embed = nn.Embedding(VOCAB, 6)
+        self.inner.side = nn.Linear(6, 6)
+        self.inner.scale = nn.Parameter(torch.ones(6))
+        self.inner.layers = nn.ModuleList(ToyLayer(store, index) for index in range(4))
+        self.inner.norm = nn.LayerNorm(6)
+        self.inner.forward = self.run_layers
+        self.head = nn.Linear(6, VOCAB)
+        self.passes = passes
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def run_layers(self, ids: Tensor) -> Tensor:
+        hidden = self.inner.embed(ids)
+        side = (self.inner.side(hidden), {"fixed": torch.arange(6.0)})
+        for layer in self.inner.layers:
+            hidden = layer(hidden, side, scale=self.inner.scale)
+        return self.inner.norm(hidden)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        for _ in range(self.passes):
+            hidden = self.inner(ids)
+        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), ids.flatten())
+
+
+def toy_run(model: Toy, lanes: Lanes | None, count: int = 5) -> tuple[list[Tensor], Gradients]:
+    inputs = [batch["input_ids"] for batch in batches(count)]
+    model.zero_grad(set_to_none=True)
+    if lanes is not None:
+        return lanes.run(inputs, lambda _, ids: model(ids)), gradients(model)
+    losses = []
+    for ids in inputs:
+        loss = model(ids)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, gradients(model)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_tensors_cross_with_and_without_gradient_a_weight_among_them(count: int) -> None:
+    model = Toy()
+    stages = split(model, CUTS[count], [CPU] * count)
+    expected = toy_run(model, None)
+    assert expected[1]["inner.scale"] is not None and expected[1]["inner.side.weight"] is not None
+    for num_lanes in (1, 2, 4):
+        with Lanes(stages, num_lanes) as lanes:
+            assert_same(expected, toy_run(model, lanes))
+            assert lanes.reason is None
+
+
+def test_a_result_used_past_a_cut_is_found_and_named_and_the_model_runs_naively() -> None:
+    model = Toy(leak=True)
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 2) as lanes:
+        expected = toy_run(model, None)
+        assert_same(expected, toy_run(model, lanes))
+        assert lanes.reason is not None
+        assert "stage 2 sends a gradient to inner.layers.0.gate." in lanes.reason
+        assert lanes.timeline() == []
+
+
+def test_a_second_pass_through_the_layers_is_found() -> None:
+    model = Toy(passes=2)
+    with Lanes(split(model, CUTS[2], [CPU] * 2), 2) as lanes:
+        assert_same(toy_run(model, None), toy_run(model, lanes))
+        assert lanes.reason is not None and "run more than once a pass" in lanes.reason
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_several_layers_is_found(reentrant: bool) -> None:
+    model = Toy()
+    whole = model.run_layers
+
+    def checkpointed(ids: Tensor) -> Tensor:
+        anchor = torch.zeros((), requires_grad=True)
+        call = torch.utils.checkpoint.checkpoint
+        return call(lambda ids, _: whole(ids), ids, anchor, use_reentrant=reentrant)
+
+    model.inner.forward = checkpointed
+    with Lanes(split(model, CUTS[2], [CPU] * 2), 2) as lanes:
+        assert_same(toy_run(model, None), toy_run(model, lanes))
+        assert lanes.reason is not None and "checkpoint that spans several layers" in lanes.reason
+
+
+def moe(auxiliary: bool) -> Any:
+    more = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": auxiliary}
+    return tiny(config="MixtralConfig", **more)
+
+
+def test_router_logits_of_earlier_stages_forbid_the_cut() -> None:
+    model = moe(auxiliary=True)
+    stages = split(model, CUTS[2], [CPU] * 2)
+    expected = naive(model, batches(3))
+    with Lanes(stages, 2) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(3)))
+        assert lanes.reason is not None and lanes.reason.endswith("on model.layers.1.mlp.gate.weight")
+        assert "stage 1 uses a result of stage 0 past its inputs" in lanes.reason
+
+
+def test_experts_without_auxiliary_loss_run_in_lanes() -> None:
+    model = moe(auxiliary=False)
+    stages: Stages = split(model, CUTS[2], [CPU] * 2)
+    expected = naive(model, batches(3))
+    with Lanes(stages, 2) as lanes:
+        assert_same(expected, in_lanes(lanes, model, batches(3)))
+        assert lanes.reason is None
+
+
+def test_the_number_of_lanes_is_checked() -> None:
+    with pytest.raises(ValueError, match="num_lanes must be at least 1, not 0"):
+        Lanes(split(tiny(), [0], [CPU]), 0)
