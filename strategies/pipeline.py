@@ -60,6 +60,12 @@ class Lanes:
         self._posted = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
+        if _gpus(stages.devices):
+            # A weight's gradient is summed on the stream of the lane that met the weight first; torch orders this with
+            # the stream of the lane whose turn it is, and from 2.13 on it warns each time.
+            quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+            if quiet is not None:
+                quiet(False)
 
     @property
     def reason(self) -> str | None:

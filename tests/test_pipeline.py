@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import random
 import signal
 import threading
 import time
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -252,6 +254,23 @@ def test_lanes_work_under_the_callers_autocast_hooks_and_context() -> None:
         assert_same(expected, found)
         assert {"lane-0"} <= set(packed)
         assert_same(naive(model, batches(2)), in_lanes(lanes, model, batches(2)))
+
+
+def test_no_graph_is_kept_alive_by_lanes_that_rest() -> None:
+    model = tiny("tied")
+    seen: list[weakref.ref[Tensor]] = []
+
+    def forward(index: int, batch: Any) -> Tensor:
+        output = model(**batch, use_cache=False)
+        seen.append(weakref.ref(output.logits))
+        loss: Tensor = output.loss
+        return loss
+
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 3) as lanes:
+        lanes.run(batches(6), forward)
+        gc.collect()
+        assert len(seen) == 7
+        assert all(reference() is None for reference in seen)
 
 
 def test_checkpoint_functions_come_back_at_close() -> None:

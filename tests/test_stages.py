@@ -231,6 +231,17 @@ def test_training_keeps_split_and_whole_model_equal_over_steps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["trained", "frozen"])
+def test_a_deep_copy_of_a_split_model_is_split_and_right(lora: bool) -> None:
+    model = tiny_model(tied=True, lora=lora)
+    expected = train_step(model, micro_batches())
+    stages = split(model, CUTS[3], [CPU] * 3)
+    other = copy.deepcopy(model)
+    assert_same(expected, train_step(other, micro_batches()))
+    assert [c.forward for c in stages.crossings] == [2, 2]
+    assert_same(expected, train_step(model, micro_batches()))
+
+
 def test_accelerate_hooks_are_removed() -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
