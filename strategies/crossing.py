@@ -102,7 +102,7 @@ class Crossroads:
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Crossroads:
-        """A deep copy of the model (trainers make reference models so) is split the same way, by the same boundaries."""
+        """A deep copy of the model (a trainer's reference model, say) is split alike, by the same boundaries."""
         return self
 
     def count(self, stage: int, backward: bool = False) -> None:
