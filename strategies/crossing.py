@@ -101,6 +101,10 @@ class Crossroads:
         self._lock = threading.Lock()
         self._local = threading.local()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Crossroads:
+        """A deep copy of the model (a trainer's reference model, say) is split alike, by the same boundaries."""
+        return self
+
     def count(self, stage: int, backward: bool = False) -> None:
         """Note that the boundary before `stage` was crossed."""
         with self._lock:

@@ -231,6 +231,17 @@ def test_training_keeps_split_and_whole_model_equal_over_steps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["trained", "frozen"])
+def test_a_deep_copy_of_a_split_model_is_split_and_right(lora: bool) -> None:
+    model = tiny_model(tied=True, lora=lora)
+    expected = train_step(model, micro_batches())
+    stages = split(model, CUTS[3], [CPU] * 3)
+    other = copy.deepcopy(model)
+    assert_same(expected, train_step(other, micro_batches()))
+    assert [c.forward for c in stages.crossings] == [2, 2]
+    assert_same(expected, train_step(model, micro_batches()))
+
+
 def test_accelerate_hooks_are_removed() -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -275,7 +286,7 @@ def test_other_refusals() -> None:
     stages.undo()
     layers = dissect(model).layers
     layers[4].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
-    with pytest.raises(ConfigError, match="down_proj.weight is shared by stages 0 and 1"):
+    with pytest.raises(ConfigError, match=r"down_proj\.weight is shared by stages 0 and 1"):
         split(model, [0, 2], [CPU] * 2)
     model.config.num_hidden_layers = 9
     with pytest.raises(ConfigError, match="no list of 9 layers"):
