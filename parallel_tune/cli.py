@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,7 @@ def check_imports() -> None:
 
     found = Path(strategies.__file__ or "").resolve().parent
     expected = Path(__file__).resolve().parent.parent / "strategies"
-    if found != expected and not os.path.samefile(found, expected):
+    if found != expected and not found.samefile(expected):
         raise ConfigError(
             f"another package named strategies, {found}, shadows the one of parallel-tune, {expected}",
             "Start parallel-tune from another folder, or take that one off PYTHONPATH.",

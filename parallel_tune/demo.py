@@ -16,7 +16,7 @@ from parallel_tune.planning import require_fit
 from strategies.errors import ConfigError
 
 PROMPT = "Why does fine-tuning need less data than training from scratch?"
-DATASET = "assistant_rows.jsonl"
+DATASET = "short_answers.jsonl"
 
 
 def run_demo(strategy: str, hardware: str | None, model_dir: Path | None, max_steps: int | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from parallel_tune import planning, rundir
-from parallel_tune.commands import decide, find_hardware, start
+from parallel_tune.commands import decide, find_hardware
 from parallel_tune.config import TrainConfig
-from parallel_tune.display import MetricsFollower, summary
+from parallel_tune.display import summary
 from parallel_tune.plan_view import render_plan
 from parallel_tune.process import leave
 from parallel_tune.refusal import Launch
@@ -27,14 +27,12 @@ def train_joined(config: TrainConfig, launch: Launch) -> None:
         click.echo(launch.dropping)
         for name in launch.variables:
             os.environ.pop(name, None)
-        from parallel_tune.commands import train
-
         train(config)
         return
-    leave(_train_as_rank(config, launch))
+    _train_as_rank(config, launch)
 
 
-def _train_as_rank(config: TrainConfig, launch: Launch) -> int:
+def _train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     os.environ.update(launch.environment)
     import torch
     import torch.distributed as dist
@@ -50,8 +48,8 @@ def _train_as_rank(config: TrainConfig, launch: Launch) -> int:
     decision: list[dict[str, Any]] = [_decide(config, launch.world_size) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
-        return int(decision[0]["code"])
-    return _obey(rundir.RunDir(decision[0]["run"]), launch.rank)
+        leave(int(decision[0]["code"]))
+    _obey(rundir.RunDir(decision[0]["run"]), launch.rank)
 
 
 def _decide(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -98,14 +96,13 @@ def plan_for(config: TrainConfig, world_size: int) -> Plan:
     return plan
 
 
-def _obey(run: rundir.RunDir, rank: int) -> int:
+def _obey(run: rundir.RunDir, rank: int) -> NoReturn:
     from parallel_tune.worker import run_to_its_end
 
-    config, _ = run.read()
-    code = run_to_its_end(run, rank, None)
-    if rank == 0 and code == 0:
-        click.echo(summary(read_report(run.report), run.path))
-    elif code != 0:
-        outcome = rundir.read_outcome(run, rank)
-        click.echo(f"parallel-tune: rank {rank}: {asdict(outcome) if outcome else code}", err=True)
-    return code
+    def tell(outcome: rundir.Outcome) -> None:
+        if outcome.code != 0:
+            click.echo(f"parallel-tune: rank {rank}: {outcome.message}\n{outcome.hint}", err=True)
+        elif rank == 0:
+            click.echo(summary(read_report(run.report), run.path))
+
+    run_to_its_end(run, rank, None, tell)

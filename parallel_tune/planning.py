@@ -46,7 +46,7 @@ def _plan(
         registry,
         strategy,
     )
-    if config.device_map in SPLITTING_MAPS:
+    if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
     return plan

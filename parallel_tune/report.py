@@ -7,13 +7,15 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from parallel_tune.callbacks import MetricsWriter
 from parallel_tune.config import TrainConfig
 from parallel_tune.rundir import RunDir, write_atomically
 from strategies.base import Session
 from strategies.contracts import Plan
+
+if TYPE_CHECKING:
+    from parallel_tune.callbacks import MetricsWriter
 
 PACKAGES = (
     "torch",

@@ -5,13 +5,13 @@ python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from parallel_tune.launch import pid_file
 from parallel_tune.process import die_with_parent, leave
@@ -19,7 +19,7 @@ from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcom
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> NoReturn:
     """Train as the run directory says. Never returns."""
     die_with_parent()
     run = RunDir(Path(arguments[0]))
@@ -27,22 +27,32 @@ def main(arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     redirect_output(run.log(rank))
     write_atomically(pid_file(run, rank), str(os.getpid()))
-    leave(run_to_its_end(run, rank, checkpoint))
+    run_to_its_end(run, rank, checkpoint)
 
 
-def run_to_its_end(run: RunDir, rank: int, checkpoint: Path | None) -> int:
-    """Train, write this rank's outcome and return its exit code."""
+def run_to_its_end(
+    run: RunDir, rank: int, checkpoint: Path | None, at_end: Callable[[Outcome], None] = lambda _: None
+) -> NoReturn:
+    """Train, write this rank's outcome and end the process with its code.
+
+    What training held stays referenced until the process is gone: freeing a process group's last references can wait
+    for ever for another rank's threads, and can abort after all work is done.
+    """
+    held: Any = None
     try:
-        train(run, checkpoint)
+        held = train(run, checkpoint)
         outcome = Outcome(0)
     except ParallelTuneError as error:
+        held = error
         outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
     except BaseException as error:
+        held = error
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         outcome = Outcome(1, message, _hint(error), traceback.format_exc())
     write_outcome(run, rank, outcome)
-    return outcome.code
+    at_end(outcome)
+    leave(outcome.code)
 
 
 def _hint(error: BaseException) -> str:
@@ -63,8 +73,8 @@ def redirect_output(log: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def train(run: RunDir, checkpoint: Path | None) -> None:
-    """One rank's whole training.
+def train(run: RunDir, checkpoint: Path | None) -> Any:
+    """One rank's whole training. Returns what must not be freed while the process lives.
 
     Raises:
         Stopped: a signal ended it; a checkpoint is on disk.
@@ -122,6 +132,7 @@ def train(run: RunDir, checkpoint: Path | None) -> None:
     )
     session.barrier()
     session.close()
+    return trainer, session
 
 
 def compute_dtype(name: str, device: Any) -> Any:

@@ -71,4 +71,5 @@ class UnslothEngine:
 
 def checkpointing(plan: Plan) -> bool | str:
     """The plan's checkpointing in Unsloth's words."""
-    return {"none": False, "full": True, "unsloth": "unsloth"}[plan.gradient_checkpointing]
+    words: dict[str, bool | str] = {"none": False, "full": True, "unsloth": "unsloth"}
+    return words[plan.gradient_checkpointing]
