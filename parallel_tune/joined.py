@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from parallel_tune import planning, rundir
-from parallel_tune.commands import decide, find_hardware
+from parallel_tune.commands import decide, find_hardware, train
 from parallel_tune.config import TrainConfig
 from parallel_tune.display import summary
 from parallel_tune.plan_view import render_plan

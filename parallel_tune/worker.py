@@ -38,15 +38,15 @@ def run_to_its_end(
     What training held stays referenced until the process is gone: freeing a process group's last references can wait
     for ever for another rank's threads, and can abort after all work is done.
     """
-    held: Any = None
+    held: list[Any] = []
     try:
-        held = train(run, checkpoint)
+        held.append(train(run, checkpoint))
         outcome = Outcome(0)
     except ParallelTuneError as error:
-        held = error
+        held.append(error)
         outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
     except BaseException as error:
-        held = error
+        held.append(error)
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         outcome = Outcome(1, message, _hint(error), traceback.format_exc())
