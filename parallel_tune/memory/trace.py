@@ -1,0 +1,188 @@
+"""The traced check: one training step on fake tensors, two and three layers deep, extrapolated to the whole part."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from parallel_tune.memory.fake_model import build_model, cut_to
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.tracker import LiveBytes
+from strategies.contracts import Arrangement, Part
+
+PHASES = ("forward", "cross_entropy", "backward_top", "backward_middle", "backward_bottom", "optimizer")
+
+
+def trace_peak(
+    facts: ModelFacts,
+    settings: TrainingSettings,
+    part: Part,
+    arrangement: Arrangement,
+    overrides: Mapping[str, Any] | None = None,
+) -> int:
+    """Bytes of live tensors at the peak of a training step through `part`."""
+    return max(trace_phases(facts, settings, part, arrangement, overrides).values())
+
+
+def trace_phases(
+    facts: ModelFacts,
+    settings: TrainingSettings,
+    part: Part,
+    arrangement: Arrangement,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """The peak of each phase. Every layer in the middle of a stack costs a phase the same, for its kind; so a stack of
+    the first and the last layer, and one with a layer of each kind between them, say what the whole stack costs."""
+    layers = tuple(range(part.first_layer, part.last_layer + 1))
+    outer = (layers[0], layers[-1]) if len(layers) > 1 else layers
+    base = trace_layers(facts, settings, part, arrangement, outer, overrides)
+    if len(layers) <= 2:
+        return base
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for layer in layers[1:-1]:
+        kinds.setdefault((layer in facts.windowed_layers, facts.is_mixture(layer)), []).append(layer)
+    total = dict(base)
+    for members in kinds.values():
+        deeper = trace_layers(
+            facts, settings, part, arrangement, (layers[0], members[0], layers[-1]), overrides
+        )
+        for phase, peak in deeper.items():
+            if phase in base:
+                total[phase] += len(members) * (peak - base[phase])
+    return total
+
+
+def trace_layers(
+    facts: ModelFacts,
+    settings: TrainingSettings,
+    part: Part,
+    arrangement: Arrangement,
+    layers: tuple[int, ...],
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """The peak of each phase in a model that has only these layers, counted on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step = TrainingStep(cut_to(facts, layers), settings, part, arrangement, overrides)
+        return step.peaks_bytes()
+
+
+class TrainingStep:
+    """One optimizer step as the Trainer takes it, on the tensors of the surrounding mode."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        settings: TrainingSettings,
+        part: Part,
+        arrangement: Arrangement,
+        overrides: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.facts, self.settings, self.part, self.arrangement = facts, settings, part, arrangement
+        self.device = torch.device(device)
+        self.model: Any = build_model(facts, settings, part, self.device, overrides)
+        if arrangement.gradient_checkpointing != "none":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            if settings.method == "lora" and part.embedding:
+                # TRL does so for adapters; the embedding's output then keeps a gradient of its own.
+                self.model.enable_input_require_grads()
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.trainable, settings)
+        self.tracker = LiveBytes()
+
+    def peaks_bytes(self) -> dict[str, int]:
+        """Peaks of the second step: the first one makes the optimizer's states."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for module in self.model.modules():
+            tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+        with self.tracker:
+            self.tracker.count(tensors)
+            self._mark_phases()
+            self._step()
+            self.tracker.reset()
+            self._step()
+        return dict(self.tracker.peaks_bytes)
+
+    def _step(self) -> None:
+        micro_steps = min(2, self.arrangement.gradient_accumulation_steps)
+        for _ in range(micro_steps):
+            self.tracker.enter_phase("forward")
+            self._micro_step()
+        self.tracker.enter_phase("optimizer")
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        # DDP's buckets outlive the step, and gradients are views into them.
+        self.optimizer.zero_grad(set_to_none=self.arrangement.processes == 1)
+
+    def _micro_step(self) -> None:
+        shape = (self.arrangement.micro_batch, self.settings.sequence_length)
+        inputs = self._inputs(shape)
+        dtype = getattr(torch, self.settings.compute_dtype)
+        autocast = torch.autocast(self.device.type, dtype) if self.settings.autocast else contextlib.nullcontext()
+        if not self.part.head:
+            with autocast:
+                hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+            gradient = torch.empty_like(hidden)
+            hidden.backward(gradient)
+            return
+        self._loss(inputs, shape, autocast).backward()  # type: ignore[no-untyped-call]
+
+    def _loss(
+        self, inputs: dict[str, torch.Tensor], shape: tuple[int, int], autocast: contextlib.AbstractContextManager[Any]
+    ) -> torch.Tensor:
+        labels = torch.zeros(shape, dtype=torch.long, device=self.device)
+        count = torch.ones((), dtype=torch.long, device=self.device)
+        with autocast:
+            outputs = self.model(**inputs, labels=labels, num_items_in_batch=count, use_cache=False)
+        outputs.logits = outputs.logits.float()  # accelerate does so to all outputs of a 16-bit run
+        loss: torch.Tensor = outputs.loss
+        return loss
+
+    def _inputs(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        inputs: dict[str, torch.Tensor] = {}
+        if self.part.embedding:
+            inputs["input_ids"] = torch.zeros(shape, dtype=torch.long, device=self.device)
+        else:
+            dtype = getattr(torch, self.settings.compute_dtype)
+            inputs["inputs_embeds"] = torch.zeros(
+                (*shape, self.facts.hidden_size), dtype=dtype, device=self.device, requires_grad=True
+            )
+        if self.settings.packed:
+            positions = torch.arange(shape[1], device=self.device).expand(shape)
+            inputs["position_ids"] = positions
+        return inputs
+
+    def _mark_phases(self) -> None:
+        layers = self.model.model.layers
+        last = len(layers) - 1
+
+        def name_of(index: int) -> str:
+            if index == 0:
+                return "backward_bottom"
+            return "backward_top" if index == last else "backward_middle"
+
+        def mark(index: int) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if hidden.requires_grad and torch._C._current_graph_task_id() == -1:
+                    hidden.register_hook(lambda _gradient: self.tracker.enter_phase(name_of(index)))
+
+            return hook
+
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(mark(index))
+        if self.part.head:
+            self.model.lm_head.register_forward_pre_hook(lambda *_: self.tracker.enter_phase("cross_entropy"))
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """torch's AdamW, by the implementation that CUDA would take."""
+    if settings.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
