@@ -25,7 +25,9 @@ class TrainingSettings:
         optimizer: transformers' name of the optimizer.
         cross_entropy: "plain" makes all logits at once; "fused" never holds more than a chunk of them.
         sequence_length: tokens of a full row.
-        packed: rows are joined without padding, and no attention mask is given.
+        packed: rows are joined without padding into one.
+        attention_mask: whether attention gets an explicit mask, a square of the tokens; None for what the batches need:
+            rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
         lora_dtype: dtype of the adapters.
     """
 
@@ -41,6 +43,7 @@ class TrainingSettings:
     engine: Literal["unsloth", "transformers"] = "transformers"
     sequence_length: int = 2048
     packed: bool = False
+    attention_mask: bool | None = None
     lora_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -71,6 +74,12 @@ class TrainingSettings:
     def adapter_bytes(self) -> int:
         """Bytes of one adapter weight."""
         return DTYPE_BYTES[self.lora_dtype]
+
+    def masked(self, micro_batch: int) -> bool:
+        """Whether attention over a micro-batch of this many rows gets an explicit mask."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return self.engine == "transformers" and (self.packed or micro_batch > 1)
 
     @property
     def autocast(self) -> bool:

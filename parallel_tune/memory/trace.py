@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -67,7 +68,7 @@ def trace_layers(
     """The peak of each phase in a model that has only these layers, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _masks_as_in_a_run():
         step = TrainingStep(cut_to(facts, layers), settings, part, arrangement, overrides)
         return step.peaks_bytes()
 
@@ -153,9 +154,10 @@ class TrainingStep:
             inputs["inputs_embeds"] = torch.zeros(
                 (*shape, self.facts.hidden_size), dtype=dtype, device=self.device, requires_grad=True
             )
-        if self.settings.packed:
-            positions = torch.arange(shape[1], device=self.device).expand(shape)
-            inputs["position_ids"] = positions
+        if self.settings.masked(shape[0]):
+            # The finished mask: how it is made depends on values, which fake tensors have none of.
+            square = (shape[0], 1, shape[1], shape[1])
+            inputs["attention_mask"] = torch.ones(square, dtype=torch.bool, device=self.device)
         return inputs
 
     def _mark_phases(self) -> None:
@@ -179,6 +181,18 @@ class TrainingStep:
             layer.register_forward_hook(mark(index))
         if self.part.head:
             self.model.lm_head.register_forward_pre_hook(lambda *_: self.tracker.enter_phase("cross_entropy"))
+
+
+@contextlib.contextmanager
+def _masks_as_in_a_run() -> Iterator[None]:
+    """transformers takes fake tensors for a compiler's and then makes masks that a run does not make."""
+    from transformers import masking_utils
+
+    with (
+        mock.patch.object(masking_utils, "is_tracing", lambda *_: False),
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+    ):
+        yield
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
