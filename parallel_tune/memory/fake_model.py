@@ -28,7 +28,7 @@ class _DequantisedMatmul(torch.autograd.Function):
         return torch.nn.functional.linear(inputs, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.layer.dequantised(gradient.dtype), None
 
 
@@ -124,7 +124,7 @@ def build_model(
     part: Part,
     device: torch.device,
     overrides: Mapping[str, Any] | None = None,
-) -> torch.nn.Module:
+) -> Any:
     """The trainable model of one device: only what `part` holds of it keeps its weights, and no value means anything.
 
     Built on the meta device first, since Module.to fails on fake tensors, and since nothing is to be initialised.
@@ -156,8 +156,7 @@ def build_model(
         if settings.method == "lora":
             model = _with_adapters(model, settings)
     _materialise(model, device)
-    result: torch.nn.Module = model
-    return result
+    return model
 
 
 def _materialise(model: torch.nn.Module, device: torch.device) -> None:

@@ -127,3 +127,30 @@ def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> St
         optimizer_bytes=0 if optimizer.paged else states,
         optimizer_temporaries_bytes=optimizer.foreach_temporaries * trainable * element,
     )
+
+
+@dataclass(frozen=True)
+class TableBytes:
+    """Gradients of the embedding and the head, where they are trained.
+
+    Attributes:
+        shared: both are one weight on this device.
+    """
+
+    head_gradient_bytes: int
+    embedding_gradient_bytes: int
+    shared: bool
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What they leave behind."""
+        return (
+            self.embedding_gradient_bytes if self.shared else self.head_gradient_bytes + self.embedding_gradient_bytes
+        )
+
+
+def table_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> TableBytes:
+    """Gradients of a part's embedding and head."""
+    table = facts.vocab_size * facts.hidden_size * settings.weight_bytes if settings.method == "full" else 0
+    shared = facts.tied_embeddings and part.embedding and part.head
+    return TableBytes(table if part.head else 0, table if part.embedding else 0, shared)

@@ -9,8 +9,8 @@ from unittest import mock
 
 import torch
 
-from parallel_tune.memory.fake_model import build_model, cut_to
 from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.fake_model import build_model, cut_to
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.tracker import LiveBytes
 from strategies.contracts import Arrangement, Part
@@ -48,9 +48,7 @@ def trace_phases(
         kinds.setdefault((layer in facts.windowed_layers, facts.is_mixture(layer)), []).append(layer)
     total = dict(base)
     for members in kinds.values():
-        deeper = trace_layers(
-            facts, settings, part, arrangement, (layers[0], members[0], layers[-1]), overrides
-        )
+        deeper = trace_layers(facts, settings, part, arrangement, (layers[0], members[0], layers[-1]), overrides)
         for phase, peak in deeper.items():
             if phase in base:
                 total[phase] += len(members) * (peak - base[phase])
@@ -68,7 +66,7 @@ def trace_layers(
     """The peak of each phase in a model that has only these layers, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _masks_as_in_a_run():
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
         step = TrainingStep(cut_to(facts, layers), settings, part, arrangement, overrides)
         return step.peaks_bytes()
 
@@ -184,11 +182,14 @@ class TrainingStep:
 
 
 @contextlib.contextmanager
-def _masks_as_in_a_run() -> Iterator[None]:
-    """transformers takes fake tensors for a compiler's and then makes masks that a run does not make."""
+def _as_on_a_gpu() -> Iterator[None]:
+    """transformers takes fake tensors for a compiler's and then makes masks that a run does not make; peft's 4-bit
+    layer asks for CUDA's autocast by name, whatever the device."""
     from transformers import masking_utils
 
+    enabled = torch.is_autocast_enabled
     with (
+        mock.patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)),
         mock.patch.object(masking_utils, "is_tracing", lambda *_: False),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None),
     ):

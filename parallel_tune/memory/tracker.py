@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, follows every storage that an operation returns until it is freed.
 
     torch's own MemTracker wants a gradient for every parameter, which frozen ones never have; here a storage is just
@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, round_bytes: Callable[[int], int] = lambda size: size) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peaks_bytes: dict[str, int] = {}
         self._phase = ""
