@@ -126,7 +126,8 @@ class _Moments:
         embedded = self.hidden_bytes if self.part.embedding and not self.checkpointed else 0
         gradients = self.states.gradients_bytes if self.gradients_exist else 0
         running = self.stored[-1] if self.checkpointed else self.segments[-1].forward_bytes
-        activations = below + running + embedded + self.constant + self.other_lanes
+        mask = 0 if self.checkpointed else self._mask_bytes()
+        activations = below + running + embedded + mask + self.constant + self.other_lanes
         return self._estimate("backward", gradients, activations)
 
     def _embedding(self) -> MemoryEstimate:
@@ -176,11 +177,18 @@ class _Moments:
         indices = INDEX_BYTES * (settings.sequence_length + tokens * (part.embedding + 2 * part.head))
         kinds = 2 if facts.model_type.startswith("gemma3") else 1
         rotary = kinds * 2 * settings.sequence_length * facts.head_dim * settings.compute_bytes
-        square = tokens * settings.sequence_length
-        masks = int(settings.masked(self.arrangement.micro_batch))
-        masks += bool(facts.windowed_layers) and settings.sequence_length >= facts.sliding_window and not masks
         incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
-        return indices + rotary + masks * square + incoming
+        # Recomputation needs the mask again; without it only the layers' biases made of it remain.
+        return indices + rotary + incoming + (self._mask_bytes() if self.checkpointed else 0)
+
+    def _mask_bytes(self) -> int:
+        """One boolean square of each row's tokens, where any layer is masked."""
+        length = self.settings.sequence_length
+        windowed = any(layer in self.facts.windowed_layers for layer in self.layers) and (
+            length >= self.facts.sliding_window
+        )
+        masked = windowed or self.settings.masked(self.arrangement.micro_batch)
+        return self.arrangement.micro_batch * length * length if masked else 0
 
 
 def _representative(facts: ModelFacts, layer: int) -> int:

@@ -120,6 +120,11 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     tape.drop(query, key)
     joined = _scores(tape, scene, facts, layer, micro_batch, (*rotated, value))
     tape.drop(*products)
+    if facts.fused_projections:
+        # Attention's result has the layout of its queries; Phi-3's rotation leaves another than the output needs.
+        copy = tape.operation(joined.size_bytes, ((joined, None),))
+        tape.drop(joined)
+        joined = copy
     result = ops.linear(tape, scene, joined, output)
     tape.drop(joined)
     return result

@@ -107,7 +107,9 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
         vectors = [facts.hidden_size] * facts.norms_per_layer + ([facts.head_dim] * 2 if facts.qk_norm else [])
         vectors += [linear.bias_parameters for linear in layer_linears(facts, layer)]
         small += sum(size for size in vectors if size < BNB_8BIT_SMALLEST)
-    return part_parameters(facts, part).total, small
+    # Text alone gives a vision tower no gradient, and then no optimizer state.
+    outside = facts.extra_parameters if part.embedding else 0
+    return part_parameters(facts, part).total - outside, small
 
 
 def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:

@@ -15,8 +15,6 @@ from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.tracker import LiveBytes
 from strategies.contracts import Arrangement, Part
 
-PHASES = ("forward", "cross_entropy", "backward_top", "backward_middle", "backward_bottom", "optimizer")
-
 
 def trace_peak(
     facts: ModelFacts,
@@ -37,22 +35,36 @@ def trace_phases(
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """The peak of each phase. Every layer in the middle of a stack costs a phase the same, for its kind; so a stack of
-    the first and the last layer, and one with a layer of each kind between them, say what the whole stack costs."""
+    the first and the last layer, and one with a layer of each kind between them, say what the whole stack costs.
+
+    Modules outside the text model (a vision tower) are not run; their weights are added.
+    """
     layers = tuple(range(part.first_layer, part.last_layer + 1))
-    outer = (layers[0], layers[-1]) if len(layers) > 1 else layers
-    base = trace_layers(facts, settings, part, arrangement, outer, overrides)
-    if len(layers) <= 2:
-        return base
+    first, last = layers[0], layers[-1]
+
+    def trace(chosen: tuple[int, ...]) -> dict[str, int]:
+        return trace_layers(facts, settings, part, arrangement, chosen, overrides)
+
+    base = trace((first, last) if len(layers) > 1 else layers)
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for layer in layers[1:-1]:
         kinds.setdefault((layer in facts.windowed_layers, facts.is_mixture(layer)), []).append(layer)
-    total = dict(base)
-    for members in kinds.values():
-        deeper = trace_layers(facts, settings, part, arrangement, (layers[0], members[0], layers[-1]), overrides)
-        for phase, peak in deeper.items():
-            if phase in base:
-                total[phase] += len(members) * (peak - base[phase])
-    return total
+    deeper = {kind: trace((first, members[0], last)) for kind, members in kinds.items()}
+    phases = {
+        phase: peak + sum(len(kinds[kind]) * (deep[phase] - peak) for kind, deep in deeper.items())
+        for phase, peak in base.items()
+    }
+    # In the middle, each layer below costs what it stores, and each one above what it leaves behind.
+    for kind, deep in deeper.items():
+        for layer in (kinds[kind][0], kinds[kind][-1]):
+            beside = [(other, k) for k, members in kinds.items() for other in members if other != layer]
+            phases[f"backward_{layer}"] = deep["backward_middle"] + sum(
+                deeper[k][phase] - base[phase]
+                for other, k in beside
+                for phase in ("backward_top" if other < layer else "backward_bottom",)
+            )
+    outside = facts.extra_parameters * settings.weight_bytes if part.embedding else 0
+    return {phase: peak + outside for phase, peak in phases.items()}
 
 
 def trace_layers(
