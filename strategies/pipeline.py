@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -25,6 +26,8 @@ from strategies.probe import Finding, probe
 from strategies.randomness import get_states, set_states
 from strategies.stages import Stages
 from strategies.visit import Clock, Course, Segment, Visit
+
+_log = logging.getLogger(__name__)
 
 Forward = Callable[[int, Any], Tensor]
 Backward = Callable[[Tensor], None]
@@ -71,6 +74,11 @@ class Lanes:
     def reason(self) -> str | None:
         """Why micro-batches run one after the other; None while nothing forbids lanes."""
         return next((finding.reason for finding in self._findings.values() if finding.reason), None)
+
+    @property
+    def labels_device(self) -> torch.device:
+        """Where the head computes the loss."""
+        return self._stages.head_device
 
     def timeline(self) -> list[Segment]:
         """The schedule of the last run, by start. Empty if that run was not in lanes. Waits for the devices."""
@@ -160,6 +168,8 @@ class Lanes:
         self._take_checkpoints(keep_random=True)
         if training not in self._findings:
             self._findings[training] = probe(self._stages, forward)
+            if (reason := self._findings[training].reason) is not None:
+                _log.warning("lanes: micro-batches run one after the other, since %s", reason)
         if not self._findings[training].random_devices:
             self._take_checkpoints(keep_random=False)
         return self._findings[training]

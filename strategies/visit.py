@@ -28,6 +28,15 @@ class Segment:
     end: float
 
 
+def busy_shares(segments: Sequence[Segment], num_stages: int) -> list[float]:
+    """For each stage, the share of the whole schedule's time that it worked."""
+    whole = max(segment.end for segment in segments) - min(segment.start for segment in segments)
+    busy = [0.0] * num_stages
+    for segment in segments:
+        busy[segment.stage] += segment.end - segment.start
+    return [seconds / whole if whole > 0 else 0.0 for seconds in busy]
+
+
 class Clock:
     """Times on the host or, for a CUDA device, of the device itself, by events.
 
