@@ -68,6 +68,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             self.plan.processes,
             self.plan.micro_batch,
             self.plan.gradient_accumulation_steps,
+            is_split=self.plan.processes == 1 and len(self.plan.devices) > 1,
         )
         return EpochDataLoader(
             self.train_dataset,
