@@ -97,9 +97,9 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
     if hardware.declared:
         found = probe(dict(os.environ))
         present = len(found.devices) if found.kind == "cuda" else 0
-    if present < len(plan.devices):
+    if present < len(plan.visible):
         raise ConfigError(
-            f"the plan needs {len(plan.devices)} GPUs and this machine has {present}",
+            f"the plan needs {len(plan.visible)} GPUs and this machine has {present}",
             "`parallel-tune plan` shows the plan for declared hardware; train where the GPUs are.",
         )
 

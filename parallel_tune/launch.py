@@ -61,7 +61,7 @@ def launch_spec(
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if plan.devices[0].kind == "cuda":
         visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        chosen = [visible[device.index] if visible else str(device.index) for device in plan.devices]
+        chosen = [visible[index] if visible else str(index) for index in plan.visible]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     else:
