@@ -109,7 +109,7 @@ def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
     follower = MetricsFollower(run.metrics)
     cores = psutil.cpu_count(logical=True) or 1
     spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
-    Watcher(plan, run, spec, follower.poll).run()
+    Watcher(plan.processes, run, spec, follower.poll).run()
     click.echo(summary(read_report(run.report), run.path))
 
 
