@@ -91,7 +91,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
-        path = _unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
+        path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
     run = RunDir(path.absolute())
     if run.plan.exists() or run.config.exists():
         raise ConfigError(
@@ -109,7 +109,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     return run
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
