@@ -10,7 +10,7 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, planning, refusal, rundir
+from parallel_tune import checkpoint, planning, refusal, rundir, trackers
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from parallel_tune.display import open_display, summary
 from parallel_tune.engines import choose_engine, missing_packages
@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> None:
 
         train_joined(config, launch)
         return
+    trackers.check_installed(config.report_to)
     hardware = find_hardware(config)
     made, lines = decide(config, hardware)
     for line in lines:

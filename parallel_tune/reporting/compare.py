@@ -12,7 +12,7 @@ from parallel_tune.progress import duration
 from parallel_tune.reporting.axes import size
 from parallel_tune.reporting.figures import RunFigures, load
 from parallel_tune.reporting.html import page, table, tag
-from parallel_tune.reporting.line_chart import Curve, Frame, line_chart
+from parallel_tune.reporting.line_chart import Curve, Frame, Point, line_chart
 from parallel_tune.reporting.pictures import MISSING, draw, have_matplotlib
 from parallel_tune.reporting.run_page import LOSS, STEP, points
 from parallel_tune.rundir import write_atomically
@@ -101,26 +101,36 @@ def text_table(runs: Sequence[RunFigures], names: Sequence[str]) -> str:
 
 def make_charts(runs: Sequence[RunFigures], names: Sequence[str]) -> list[Chart]:
     """Loss and epochs over steps, loss over time, tokens per second."""
-
-    def curves(of_runs: Sequence[list[tuple[float, float]]], nested: bool = False) -> list[Curve]:
-        # At one global batch curves of several runs coincide by steps: each later one is narrower, and all are seen.
-        return [
-            Curve(name, run_points, place, max(1.5, 2.0 + 2.5 * (len(runs) - 1 - place)) if nested else 2.0)
-            for place, (name, run_points) in enumerate(zip(names, of_runs, strict=True))
-        ]
-
     by_step = [points(run.training, "step", "loss") for run in runs]
     epochs = [[(0.0, 0.0), *points(run.training, "step", "epoch")] for run in runs]
     speed = [points(run.training, "step", "tokens_per_second") for run in runs]
+    over_seconds = [over_time(run) for run in runs]
     return [
-        Chart(Frame("Training loss by step", STEP, LOSS, whole_x=True), curves(by_step, nested=True)),
-        Chart(Frame("Epochs done by step", STEP, "epochs", whole_x=True, zero=True), curves(epochs, nested=True)),
-        Chart(Frame("Training loss over time", "training time (s)", LOSS), curves([over_time(run) for run in runs])),
-        Chart(Frame("Throughput", STEP, "tokens per second", whole_x=True, zero=True), curves(speed)),
+        Chart(Frame("Training loss by step", STEP, LOSS, whole_x=True), nested_curves(names, by_step)),
+        Chart(Frame("Epochs done by step", STEP, "epochs", whole_x=True, zero=True), nested_curves(names, epochs)),
+        Chart(Frame("Training loss over time", "training time (s)", LOSS), nested_curves(names, over_seconds)),
+        Chart(Frame("Throughput", STEP, "tokens per second", whole_x=True, zero=True), nested_curves(names, speed)),
     ]
 
 
-def over_time(run: RunFigures) -> list[tuple[float, float]]:
+def nested_curves(names: Sequence[str], of_runs: Sequence[list[Point]]) -> list[Curve]:
+    """A curve a run. At one global batch runs coincide by steps: the earlier is then drawn wider, and all are seen."""
+    curves = []
+    for place, (name, mine) in enumerate(zip(names, of_runs, strict=True)):
+        above = sum(coincide(mine, other) for other in of_runs[place + 1 :])
+        curves.append(Curve(name, mine, place, 2.0 + 2.5 * above))
+    return curves
+
+
+def coincide(one: list[Point], other: list[Point]) -> bool:
+    """Whether curves that share places differ by less than the eye sees, 1% of their range."""
+    there = dict(other)
+    shared = [(y, there[x]) for x, y in one if x in there and x > 0]
+    values = [y for pair in shared for y in pair]
+    return bool(shared) and max(abs(a - b) for a, b in shared) <= 0.01 * (max(values) - min(values))
+
+
+def over_time(run: RunFigures) -> list[Point]:
     """(seconds of training so far, loss)."""
     seconds, result = 0.0, []
     for step in run.training:

@@ -112,7 +112,7 @@ def _losses(run: RunFigures, over: str) -> list[Curve]:
     training = points(run.training, over, "loss")
     curves = [Curve("training", training, color=0)]
     if len(training) >= SMOOTH_FROM:
-        window = max(5, len(training) // 25)
+        window = max(2, len(training) // 50) * 2 + 1
         curves = [
             Curve("training, each step", training, color=7, width=1.0),
             Curve(f"training, mean of {window} steps", smooth(training, window), color=0, width=2.5),
@@ -136,11 +136,12 @@ def points(rows: list[Row], x: str, y: str) -> list[tuple[float, float]]:
 
 
 def smooth(values: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Means over the last `window` points."""
+    """Means over the points around each, as many before as behind, so that a falling curve is not moved."""
     means = []
-    for end in range(1, len(values) + 1):
-        last = values[max(0, end - window) : end]
-        means.append((last[-1][0], sum(y for _, y in last) / len(last)))
+    for place, (x, _) in enumerate(values):
+        half = min(window // 2, place, len(values) - 1 - place)
+        around = values[place - half : place + half + 1]
+        means.append((x, sum(y for _, y in around) / len(around)))
     return means
 
 

@@ -64,7 +64,7 @@ def make_plan(devices: int, strategy: str = "ddp", global_batch: int = 8) -> Pla
     )
 
 
-def metric_rows(plan: Plan, steps: int, dataset_rows: int = 1_000) -> list[dict[str, Any]]:
+def metric_rows(plan: Plan, steps: int, dataset_rows: int = 1_000, worse: float = 0.0) -> list[dict[str, Any]]:
     """A loss that falls as real ones do, the slower the run's global batch is small."""
     rows: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, "eval_loss": 1.9421}]
     for step in range(1, steps + 1):
@@ -76,7 +76,7 @@ def metric_rows(plan: Plan, steps: int, dataset_rows: int = 1_000) -> list[dict[
                 "step": step,
                 "max_steps": steps,
                 "epoch": samples / dataset_rows,
-                "loss": 1.1 + 0.9 * math.exp(-samples / 150) + 0.03 * math.sin(2.3 * step),
+                "loss": 1.1 + worse + 0.9 * math.exp(-samples / 150) + 0.03 * math.sin(2.3 * step),
                 "grad_norm": 0.8,
                 "learning_rate": 2e-4 * min(step / 5, (steps - step) / max(1, steps - 5)),
                 "tokens": tokens,
@@ -129,12 +129,10 @@ def report_for(plan: Plan, config: TrainConfig, rows: list[dict[str, Any]]) -> d
 def run_maker(tmp_path: Path) -> RunMaker:
     """Makes a run directory: `run_maker(name, plan, steps, ...)`."""
 
-    def make(
-        name: str, plan: Plan, steps: int = 100, outcome: Outcome | None = None, **settings: Any
-    ) -> RunDir:
+    def make(name: str, plan: Plan, steps: int = 100, outcome: Outcome | None = None, **settings: Any) -> RunDir:
         config = replace(TrainConfig(model="unsloth/Llama-3.1-8B", output_dir=str(tmp_path / name)), **settings)
         run = create(config, plan)
-        rows = metric_rows(plan, steps)
+        rows = metric_rows(plan, steps, worse=0.05 if config.load_in_4bit else 0.0)
         run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if outcome is None:
             run.report.write_text(json.dumps(report_for(plan, config, rows)), encoding="utf-8")
