@@ -93,15 +93,20 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
     Raises:
         ConfigError: the plan needs GPUs that this machine does not have.
     """
-    if plan.devices[0].kind == "cpu":
+    check_devices(len(plan.visible), plan.devices[0].kind, hardware)
+
+
+def check_devices(needed: int, kind: str, hardware: Hardware) -> None:
+    """As `check_present`, for a number of devices."""
+    if kind == "cpu":
         return
     present = len(hardware.devices) if not hardware.declared else 0
     if hardware.declared:
         found = probe(dict(os.environ))
         present = len(found.devices) if found.kind == "cuda" else 0
-    if present < len(plan.devices):
+    if present < needed:
         raise ConfigError(
-            f"the plan needs {len(plan.devices)} GPUs and this machine has {present}",
+            f"the plan needs {needed} GPUs and this machine has {present}",
             "`parallel-tune plan` shows the plan for declared hardware; train where the GPUs are.",
         )
 
@@ -112,7 +117,7 @@ def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
     spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
     try:
         with open_display(plan, run) as display:
-            Watcher(plan, run, spec, display.poll).run()
+            Watcher(plan.processes, run, spec, display.poll).run()
         click.echo(summary(read_report(run.report), run.path))
     finally:
         try_to_write_page(run.path)

@@ -48,7 +48,7 @@ def _plan(
     config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
 ) -> Plan:
     strategy = config.strategy
-    if config.device_map is not None and strategy == "auto":
+    if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
     dtype = compute_dtype(config, hardware)
     plan = closest_plan(
@@ -89,7 +89,10 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=modes[asked],
         tied_embeddings=facts.tied_embeddings,
-        pipeline=config.pipeline == "auto",
+        pipeline=config.pipeline != "off",
+        force_lanes=config.pipeline == "on",
+        lanes=config.lanes,
+        stages=config.stages,
     )
 
 

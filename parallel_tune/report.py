@@ -64,6 +64,9 @@ def write(
         measured.update(by_device)
     if not session.is_main:
         return
+    by_strategy = session.report()
+    stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
+    timeline = by_strategy.pop("timeline", None)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -78,6 +81,7 @@ def write(
         "tokens_per_second": metrics.tokens / metrics.seconds if metrics.seconds else None,
         "final_loss": metrics.final_loss,
         **losses,
+        **by_strategy,
         "result": str(run.result(config).relative_to(run.path)),
         "data": asdict(data),
         "longest_row": longest_row,
@@ -89,11 +93,16 @@ def write(
                 "predicted_allocated_bytes": predicted.allocated_bytes,
                 "predicted_peak_bytes": predicted.peak_bytes,
                 **measured.get(device.index, {}),
+                **stage,
             }
-            for device, predicted in zip(plan.devices, predict_for_rows(config, plan, longest_row), strict=True)
+            for device, predicted, stage in zip(
+                plan.devices, predict_for_rows(config, plan, longest_row), stages, strict=True
+            )
         ],
         "versions": versions(),
     }
+    if timeline:
+        write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
 
 
@@ -109,7 +118,7 @@ def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
         return {plan.devices[places[0]].index: {"used_peak_bytes": peak_resident_bytes()}} if len(places) == 1 else {}
     result = {}
     for place in places:
-        ordinal = session.device.index if plan.processes > 1 else place
+        ordinal = session.device.index if plan.processes > 1 else plan.ordinals[place]
         free, total = torch.cuda.mem_get_info(ordinal)
         result[plan.devices[place].index] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(ordinal),

@@ -83,26 +83,23 @@ class RunFigures:
         """Those of the run; of a run without a report, those installed here."""
         return self.report["versions"] if self.report else report.versions()
 
-    def measured(self, index: int) -> Row:
-        """Peaks of a device of the plan; of a run without a report, what its rows of metrics say."""
+    def measured(self, place: int) -> Row:
+        """Figures of the plan's device at a place; of a run without a report, what its rows of metrics say."""
         if self.report is not None:
-            return next((device for device in self.report["devices"] if device["index"] == index), {})
-        position = [device.index for device in self.plan.devices].index(index)
-        seen = [
-            device["allocated_bytes"]
-            for row in self.training
-            for device in row.get("devices", [])
-            if device["index"] == (0 if self.plan.processes > 1 else position)
-        ]
+            devices = self.report["devices"]
+            return dict(devices[place]) if place < len(devices) else {}
         # With several processes the rows speak of the first one's device alone.
-        if not seen or (self.plan.processes > 1 and position > 0):
+        if self.plan.processes > 1 and place > 0:
             return {}
-        return {"allocated_peak_bytes": max(seen)}
+        ordinal = self.plan.ordinals[place]
+        devices = [device for row in self.training for device in row.get("devices", [])]
+        seen = [device["allocated_bytes"] for device in devices if device["index"] == ordinal]
+        return {"allocated_peak_bytes": max(seen)} if seen else {}
 
     @property
     def peak_bytes(self) -> int | None:
         """The most that any one device had in use; live tensors alone where that is all that is known."""
-        peaks = [self.measured(device.index) for device in self.plan.devices]
+        peaks = [self.measured(place) for place in range(len(self.plan.devices))]
         sizes = [peak.get("used_peak_bytes", peak.get("allocated_peak_bytes")) for peak in peaks]
         return max((size for size in sizes if size is not None), default=None)
 
@@ -128,7 +125,7 @@ def load(path: Path) -> RunFigures:
         report=report.read(run.report) if run.report.exists() else None,
         training=training,
         held_out=[row for row in rows if isinstance(row.get("eval_loss"), int | float)],
-        timeline=read_timeline(run.path / "timeline.json"),
+        timeline=read_timeline(run.timeline),
         ended=_ended(run, plan),
     )
 
@@ -136,7 +133,8 @@ def load(path: Path) -> RunFigures:
 def read_timeline(path: Path) -> list[Row]:
     """Segments of one pipelined step; none where there is no such file or it is not whole."""
     try:
-        segments = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
+        segments = said["segments"] if isinstance(said, dict) else said
         return [
             {
                 "stage": int(segment["stage"]),

@@ -33,18 +33,18 @@ class _Bytes:
 
 def memory_section(run: RunFigures) -> Markup:
     """The chart and its table."""
-    figures = [_figures(run, device) for device in run.plan.devices]
+    figures = [_figures(run, place) for place in range(len(run.plan.devices))]
     split = run.plan.processes < len(run.plan.devices)
     note = tag("p", SPLIT_NOTE if split else CPU_NOTE, class_="muted")
     on_cpu = run.plan.devices[0].kind == "cpu"
     return join(_chart(figures, _trained(run)), note if on_cpu else "", _table(figures))
 
 
-def _figures(run: RunFigures, device: DevicePlan) -> _Bytes:
-    said = run.measured(device.index)
+def _figures(run: RunFigures, place: int) -> _Bytes:
+    said = run.measured(place)
     allocated = said.get("allocated_peak_bytes", 0)
     return _Bytes(
-        device=device,
+        device=run.plan.devices[place],
         predicted_allocated=said.get("predicted_allocated_bytes", 0),
         predicted=said.get("predicted_peak_bytes", 0),
         allocated=allocated,

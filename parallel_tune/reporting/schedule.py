@@ -38,6 +38,7 @@ def schedule_chart(segments: Sequence[dict[str, Any]], devices: Sequence[DeviceP
     shares = busy_shares(segments)
     begin = min(s["start"] for s in segments)
     axis = make_axis([1e3 * (s["end"] - begin) for s in segments], count=8, zero=True, tight=True)
+    shared = len({device.index for device in devices}) < len(devices)
     rows = {stage: place for place, stage in enumerate(shares)}
     height = 8 + ROW * len(rows) + 40
 
@@ -55,7 +56,7 @@ def schedule_chart(segments: Sequence[dict[str, Any]], devices: Sequence[DeviceP
     )
     for stage, place in rows.items():
         top = 8 + place * ROW
-        name = short_name(devices[stage].name)[:18] if stage < len(devices) else ""
+        name = short_name(devices[stage].name)[:18] if stage < len(devices) and not shared else f"stage {stage}"
         index = devices[stage].index if stage < len(devices) else stage
         parts.append(tag("text", f"device {index}", x=0, y=top + 13, class_="ink"))
         parts.append(tag("text", name, x=0, y=top + 28))
