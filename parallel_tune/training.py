@@ -18,6 +18,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
+from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
 
@@ -208,7 +209,7 @@ def build_trainer(
         save_steps=config.save_steps or 500,
         eval_strategy="steps" if config.eval_steps and held_out_rows is not None else "no",
         eval_steps=config.eval_steps or None,
-        report_to=list(config.report_to) or "none",
+        report_to=chosen(config.report_to) or "none",
         ddp_timeout=config.ddp_timeout,
         disable_tqdm=True,
         remove_unused_columns=False,
