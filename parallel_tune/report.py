@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.planning import predict_for_rows
 from parallel_tune.rundir import RunDir, write_atomically
 from strategies.base import Session
 from strategies.contracts import Plan
@@ -50,9 +51,14 @@ def write(
     steps: int,
     losses: dict[str, float],
     data: Any,
+    longest_row: int,
     total_seconds: float,
 ) -> None:
-    """Gather every rank's measurements and write the report from the main one. Every rank calls it."""
+    """Gather every rank's measurements and write the report from the main one. Every rank calls it.
+
+    The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
+    prediction for the longest row that was trained (`predicted_*_bytes`).
+    """
     measured: dict[int, dict[str, int]] = {}
     for by_device in session.gather(measure_devices(plan, session)):
         measured.update(by_device)
@@ -61,6 +67,7 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    predictions = predict_for_rows(config, plan, longest_row)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -78,16 +85,18 @@ def write(
         **by_strategy,
         "result": str(run.result(config).relative_to(run.path)),
         "data": asdict(data),
+        "longest_row": longest_row,
         "devices": [
             {
                 "index": device.index,
                 "name": device.name,
-                "predicted_allocated_bytes": device.predicted_allocated_bytes,
-                "predicted_peak_bytes": device.predicted_peak_bytes,
+                "planned_peak_bytes": device.predicted_peak_bytes,
+                "predicted_allocated_bytes": predicted.allocated_bytes,
+                "predicted_peak_bytes": predicted.peak_bytes,
                 **measured.get(device.index, {}),
                 **stage,
             }
-            for device, stage in zip(plan.devices, stages, strict=True)
+            for device, predicted, stage in zip(plan.devices, predictions, stages, strict=True)
         ],
         "versions": versions(),
     }

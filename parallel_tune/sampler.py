@@ -61,6 +61,10 @@ class GlobalBatches:
         """Samples of one step."""
         return len(self.sample_ids(step))
 
+    def longest_row(self, steps: int) -> int:
+        """Tokens of the longest row among the first `steps` steps."""
+        return max(self.lengths[i] for step in range(min(steps, self.steps_per_epoch)) for i in self.sample_ids(step))
+
     def target_tokens(self, step: int) -> int:
         """Predicted tokens of one step over all ranks: the loss is the mean over these."""
         return sum(self.targets[i] for i in self.sample_ids(step))

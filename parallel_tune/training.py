@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,15 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             pin_memory=self.session.device.type == "cuda",
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        # Known from the step alone: no rank has to ask the others.
-        return torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one step, and the predicted tokens of the global batch.
+
+        The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU.
+        """
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        return micro_batches, torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -218,6 +218,7 @@ class Plan:
     Attributes:
         device_map: module name -> device index; {"": "local_rank"} when each process holds a replica.
         lanes: micro-batches in flight at once (1: the naive schedule).
+        dtype: the compute dtype, "bfloat16", "float16" or "float32".
         launch: the command that starts the training processes.
     """
 
@@ -233,6 +234,7 @@ class Plan:
     gradient_checkpointing: Checkpointing
     predicted_tokens_per_second: float
     lanes: int = 1
+    dtype: str = "bfloat16"
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
