@@ -67,6 +67,7 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    predictions = predict_for_rows(config, plan, longest_row)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -95,9 +96,7 @@ def write(
                 **measured.get(device.index, {}),
                 **stage,
             }
-            for device, predicted, stage in zip(
-                plan.devices, predict_for_rows(config, plan, longest_row), stages, strict=True
-            )
+            for device, predicted, stage in zip(plan.devices, predictions, stages, strict=True)
         ],
         "versions": versions(),
     }
