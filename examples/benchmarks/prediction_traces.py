@@ -3,8 +3,8 @@
     python examples/benchmarks/prediction_traces.py [--rows N] [--rival VENV/bin/python] [--device cuda]
 
 Each row plays one optimizer step of transformers + peft (second step: the optimizer's states exist) on fake tensors,
-two and three layers deep, extrapolates, and compares the closed form's peak. No constant of the closed form is fitted, so
-no row has been used up. `--rival` runs fitcheck-llm, installed in an environment of its own, on the rows that it can
+two and three layers deep, extrapolates, and compares the closed form's peak. No constant of the closed form is fitted,
+so no row has been used up. `--rival` runs fitcheck-llm, installed in an environment of its own, on the rows that it can
 express. `--device cuda` measures real steps instead, whole depth, where they fit, against max_memory_allocated.
 """
 
