@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.outcome import process_id_file
 from parallel_tune.process import die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
-from strategies.contracts import Plan
+from strategies.contracts import Device, DevicePlan, Plan
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
 RENDEZVOUS = "parallel_tune_loopback"
@@ -39,9 +41,14 @@ def worker_argv(plan: Plan, run_path: str, checkpoint: Path | None = None) -> tu
     worker = ("-m", "parallel_tune.worker", run_path, *([str(checkpoint)] if checkpoint else []))
     if plan.processes == 1:
         return (sys.executable, *worker)
+    return (sys.executable, *torchrun_arguments(plan.processes), *worker)
+
+
+def torchrun_arguments(processes: int) -> tuple[str, ...]:
+    """What starts that many processes of this machine on our loopback rendezvous; their command follows."""
     return (
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={plan.processes}",
-        f"--rdzv-backend={RENDEZVOUS}", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0", *worker,
+        "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}",
+        f"--rdzv-backend={RENDEZVOUS}", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0",
     )  # fmt: skip
 
 
@@ -54,23 +61,33 @@ def launch_spec(
         environ: the environment to start from; an outer launcher's variables are dropped from it.
         cores: CPU cores of the machine, shared among the processes of a CPU run.
     """
-    env = without_launcher(environ)
+    env = process_environment(plan.devices, plan.processes, environ, cores)
     # The working directory must not be searched for modules: a `strategies` folder there would shadow ours.
     env["PYTHONSAFEPATH"] = "1"
+    return LaunchSpec(worker_argv(plan, str(run.path), checkpoint), env)
+
+
+def process_environment(
+    devices: Sequence[Device | DevicePlan], processes: int, environ: Mapping[str, str], cores: int
+) -> dict[str, str]:
+    """The environment of processes that shall see these devices and no others. Pure."""
+    env = without_launcher(environ)
     env["PYTHONUNBUFFERED"] = "1"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if plan.devices[0].kind == "cuda":
+    if devices[0].kind == "cuda":
         visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        chosen = [visible[index] if visible else str(index) for index in plan.visible]
+        # Two stages of a split may share a device.
+        indices = dict.fromkeys(device.index for device in devices)
+        chosen = [visible[index] if visible else str(index) for index in indices]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
-    if plan.processes > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if processes > 1:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    return LaunchSpec(worker_argv(plan, str(run.path), checkpoint), env)
+    return env
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -88,8 +105,8 @@ class Watcher:
     At the first SIGINT or SIGTERM the workers save a checkpoint and stop; at the second everything is killed.
     """
 
-    def __init__(self, plan: Plan, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
-        self._plan = plan
+    def __init__(self, processes: int, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
+        self._processes = processes
         self._run = run
         self._spec = spec
         self._on_poll = on_poll
@@ -103,7 +120,7 @@ class Watcher:
             Stopped: a signal ended the run with a checkpoint on disk.
             RunFailed: a process failed or vanished; every other one is ended.
         """
-        for rank in range(self._plan.processes):
+        for rank in range(self._processes):
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
@@ -117,7 +134,9 @@ class Watcher:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, self._note) for number in handled}
         try:
             vanished = self._wait(process)
         finally:
@@ -141,34 +160,35 @@ class Watcher:
             if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
                 return vanished
             if deadline is None:
-                vanished = [rank for rank in range(self._plan.processes) if self._has_vanished(rank)]
+                vanished = self._vanished()
                 failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in self._outcomes().values())
                 if vanished or failed:
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
-        return vanished or [rank for rank in range(self._plan.processes) if self._has_vanished(rank)]
+        return vanished or self._vanished()
 
     def _outcomes(self) -> dict[int, Outcome]:
-        said = {rank: read_outcome(self._run, rank) for rank in range(self._plan.processes)}
+        said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}
         return {rank: outcome for rank, outcome in said.items() if outcome is not None}
 
     def _pids(self) -> dict[int, int]:
         pids = {}
-        for rank in range(self._plan.processes):
+        for rank in range(self._processes):
             try:
                 pids[rank] = int(pid_file(self._run, rank).read_text())
             except (OSError, ValueError):
                 continue
         return pids
 
-    def _has_vanished(self, rank: int) -> bool:
-        pid = self._pids().get(rank)
-        return pid is not None and not _alive(pid) and read_outcome(self._run, rank) is None
+    def _vanished(self) -> list[int]:
+        """Ranks that began and are gone without a word."""
+        gone = [rank for rank, pid in self._pids().items() if not _alive(pid)]
+        return [rank for rank in gone if read_outcome(self._run, rank) is None]
 
     def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> bool:
         """Signal the workers. Those that have not begun are ended: there is nothing to save."""
         pids = self._pids()
-        if len(pids) < self._plan.processes:
+        if len(pids) < self._processes:
             self._kill_all(process)
             return True
         for pid in pids.values():
@@ -202,22 +222,23 @@ class Watcher:
                 f"{names} ended without a word: killed from outside, or out of host memory",
                 f"See {self._run.logs}; `parallel-tune resume {self._run.path}` goes on from the last checkpoint.",
             )
-        failures = sorted(
-            ((self._run.outcome(rank).stat().st_mtime, rank) for rank, out in outcomes.items() if out.code != 0)
-        )
-        if failures:
-            rank = failures[0][1]
-            raise failure(rank, outcomes[rank], self._run)
+        self._raise_first_failure(outcomes)
         tail = _tail(self._run.logs / "launcher.log")
         raise RunFailed(
             f"the training processes ended with code {code} before they began",
             f"{tail}\nSee {self._run.logs / 'launcher.log'}.",
         )
 
+    def _raise_first_failure(self, outcomes: Mapping[int, Outcome]) -> None:
+        failed = [rank for rank, outcome in outcomes.items() if outcome.code != 0]
+        if failed:
+            rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
+            raise failure(rank, outcomes[rank], self._run)
+
 
 def pid_file(run: RunDir, rank: int) -> Path:
     """Where a worker writes its process id."""
-    return run.logs / f"rank-{rank}.pid"
+    return process_id_file(run.logs, rank)
 
 
 def failure(rank: int, outcome: Outcome, run: RunDir) -> ParallelTuneError:

@@ -1,4 +1,4 @@
-"""Small facts of life of a process: dying with its parent, and leaving without the interpreter's exit."""
+"""Small facts of life of a process: dying with its parent, writing to a log, leaving at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -31,3 +32,12 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def redirect_output(log: Path) -> None:
+    """Send all that this process and its libraries print to its log file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

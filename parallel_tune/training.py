@@ -18,6 +18,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
+from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
 
@@ -48,6 +49,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self.session = session
         self.plan = plan
         self._keep = keep
+        self._evaluated: tuple[int, float] | None = None
         self._waiting: list[Any] = []
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
@@ -143,9 +145,12 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per predicted token of the held-out rows, over all ranks."""
+        """Mean loss per predicted token of the held-out rows, over all ranks; computed once a step."""
+        if eval_dataset is None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
+        self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -204,7 +209,7 @@ def build_trainer(
         save_steps=config.save_steps or 500,
         eval_strategy="steps" if config.eval_steps and held_out_rows is not None else "no",
         eval_steps=config.eval_steps or None,
-        report_to=list(config.report_to) or "none",
+        report_to=chosen(config.report_to) or "none",
         ddp_timeout=config.ddp_timeout,
         disable_tqdm=True,
         remove_unused_columns=False,

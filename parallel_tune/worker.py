@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from parallel_tune.launch import pid_file
-from parallel_tune.process import die_with_parent, leave
+from parallel_tune.process import die_with_parent, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
@@ -62,15 +62,6 @@ def _hint(error: BaseException) -> str:
             "--per_device_train_batch_size or --max_seq_length, or --use_gradient_checkpointing full."
         )
     return "The log of the rank has the whole story; --debug shows the traceback here."
-
-
-def redirect_output(log: Path) -> None:
-    """Send all that this process and its libraries print to its log file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def train(run: RunDir, checkpoint: Path | None) -> Any:
@@ -132,7 +123,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     longest_row = batches.longest_row(trainer.state.global_step)
     report.write(
         run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, longest_row,
-        time.monotonic() - started,
+        len(set(batches.lengths)) > 1, time.monotonic() - started,
     )  # fmt: skip
     session.barrier()
     session.close()

@@ -41,7 +41,7 @@ def mixture(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, source: Val
     trained = scene.trained
     adapted = settings.method == "lora" and adapts_experts(facts, layer, settings.lora_targets)
     # peft adds an adapter to a stacked weight as a whole: the sum, as large as the weight, is the product's operand.
-    sums = 2 * expert_parameters(facts, layer) * settings.weight_bytes if adapted else 0
+    sums = expert_parameters(facts, layer) * settings.weight_bytes if adapted else 0
     weights = expert_parameters(facts, layer) * settings.weight_bytes if trained or adapted else 0
     rows, wide, half = (scene.bytes_of(pairs * width) for width in (hidden, 2 * inner, inner))
     extra = tape.hold(sums + scene.tokens * (pairs * 3 * INDEX_BYTES + 2 * facts.num_experts * ops.FLOAT32_BYTES))

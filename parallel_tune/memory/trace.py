@@ -115,12 +115,12 @@ class TrainingStep:
         with self.tracker:
             self.tracker.count(tensors)
             self._mark_phases()
-            self._step()
+            self.take()
             self.tracker.reset()
-            self._step()
+            self.take()
         return dict(self.tracker.peaks_bytes)
 
-    def _step(self) -> None:
+    def take(self) -> None:
         micro_steps = min(2, self.arrangement.gradient_accumulation_steps)
         for _ in range(micro_steps):
             self.tracker.enter_phase("forward")
