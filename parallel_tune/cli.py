@@ -79,8 +79,12 @@ def plan(config_file: str | None, as_json: bool, debug: bool, **options: Any) ->
     cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
 )
 @some_train_options(
-    "strategy", "hardware", "model", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
+    "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir",
+)  # fmt: skip
+@click.option(
+    "--model", "--model_name", default=None, cls=GroupedOption, group="Model",
+    help="The model that SCRIPT trains, whose size decides; read from the script if left out.",
 )  # fmt: skip
 @debug_option
 @click.argument("script", type=click.Path(dir_okay=False))

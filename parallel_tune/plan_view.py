@@ -109,7 +109,15 @@ def _device_table(plan: Plan, width: int) -> str:
         sizes = (device.predicted_peak_bytes, usable_bytes(device), device.capacity_bytes)
         table.add_row(name, held, *(f"{size / GIB:.1f}" for size in sizes), memory_bar(device, scale, bar_width))
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False).print(table)
+    Console(
+        file=out,
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        highlight=False,
+        markup=False,
+    ).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 

@@ -52,6 +52,7 @@ def write(
     losses: dict[str, float],
     data: Any,
     longest_row: int,
+    padded: bool,
     total_seconds: float,
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
@@ -67,6 +68,7 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    predictions = predict_for_rows(config, plan, longest_row, padded)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -95,9 +97,7 @@ def write(
                 **measured.get(device.index, {}),
                 **stage,
             }
-            for device, predicted, stage in zip(
-                plan.devices, predict_for_rows(config, plan, longest_row), stages, strict=True
-            )
+            for device, predicted, stage in zip(plan.devices, predictions, stages, strict=True)
         ],
         "versions": versions(),
     }

@@ -56,7 +56,6 @@ def run_script(script: str, arguments: list[str], held: list[Any]) -> Outcome:
         return Outcome(0)
     except script_guard.Refused as refused:
         held.append(refused)
-        print(f"parallel-tune: {refused.message}\n{refused.hint}", file=sys.stderr)
         return Outcome(script_guard.COMBINED, refused.message, refused.hint)
     except SystemExit as left:
         held.append(left)

@@ -160,6 +160,8 @@ def script_spec(
     if chosen.devices[0].kind == "cpu":
         # Without it accelerate takes two processes on a CPU for two runs: each trains for itself, and says nothing.
         env["ACCELERATE_USE_CPU"] = "true"
+        # TRL's losses are Triton kernels, which a CPU runs only through Triton's interpreter.
+        env.setdefault("TRITON_INTERPRET", "1")
     if chosen.model is not None:
         env[MODEL_VARIABLE] = chosen.model
     command = (sys.executable, "-P", "-m", "parallel_tune.script", str(run.path), str(script.absolute()), *arguments)

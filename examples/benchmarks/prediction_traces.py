@@ -2,9 +2,9 @@
 
     python examples/benchmarks/prediction_traces.py [--rows N] [--rival VENV/bin/python] [--device cuda]
 
-Each row plays one optimizer step of transformers + peft (second step: the optimizer's states exist) on fake tensors, two
-and three layers deep, extrapolates, and compares the closed form's peak. No constant of the closed form is fitted, so
-no row has been used up. `--rival` runs fitcheck-llm, installed in an environment of its own, on the rows that it can
+Each row plays one optimizer step of transformers + peft (second step: the optimizer's states exist) on fake tensors,
+two and three layers deep, extrapolates, and compares the closed form's peak. No constant of the closed form is fitted,
+so no row has been used up. `--rival` runs fitcheck-llm, installed in an environment of its own, on the rows that it can
 express. `--device cuda` measures real steps instead, whole depth, where they fit, against max_memory_allocated.
 """
 
@@ -227,7 +227,8 @@ def figures(table: list[dict[str, Any]]) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     method = "4bit" if row.get("load_in_4bit") else row["method"]
     return (
-        f"{row['model'].split('/')[1]:26} {method:5} T={row['sequence_length']:<6} ckpt={row['gradient_checkpointing']:5}"
+        f"{row['model'].split('/')[1]:26} {method:5} T={row['sequence_length']:<6}"
+        f" ckpt={row['gradient_checkpointing']:5}"
         f" stage {row['stage'] + 1}/{row['stages']} x{row['gradient_accumulation_steps']}"
         f" {row['phase']:13} {row['predicted_bytes'] / 2**30:9.3f} {row['observed_bytes'] / 2**30:9.3f} GiB"
         f" {100 * row['error']:+.3f}%"
