@@ -89,7 +89,7 @@ def test_panel_shows_training_and_devices(make_plan: Callable[..., Plan]) -> Non
 def test_panel_without_readings(make_plan: Callable[..., Plan]) -> None:
     shown, console = panel(make_plan(2), [None, None])
     shown.show([])
-    assert drawn(shown, console)[-1].split()[-5:] == ["-", "-", "35.7", "79.6", "-"]
+    assert drawn(shown, console)[-2].split()[-5:] == ["-", "-", "35.7", "79.6", "-"]
 
 
 def test_spark_falls_with_the_loss() -> None:
