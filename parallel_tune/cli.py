@@ -140,6 +140,29 @@ def export(
 
 
 @program.command(context_settings=TOKENS)
+@click.argument("run", type=click.Path(file_okay=False))
+@debug_option
+def report(run: str, debug: bool) -> None:
+    """Write RUN/report.html anew."""
+    from parallel_tune.reporting.run_page import write_page
+
+    click.echo(str(write_page(Path(run))))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False))
+@click.option(
+    "--output", default="outputs/compare", show_default=True, type=click.Path(file_okay=False), help="Folder."
+)
+@debug_option
+def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
+    """Show runs side by side: a table, compare.html and compare.png."""
+    from parallel_tune.reporting.compare import compare as compare_runs
+
+    compare_runs([Path(run) for run in runs], Path(output))
+
+
+@program.command(context_settings=TOKENS)
 @click.option("--strategy", default="auto", show_default=True, help="ddp, model_parallel or auto.")
 @click.option("--hardware", default=None, help="Devices, for example cpu:2.")
 @click.option("--model_dir", default=None, type=click.Path(), help="Where the demo's model is kept.")

@@ -10,15 +10,16 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, planning, refusal, rundir
+from parallel_tune import checkpoint, planning, refusal, rundir, trackers
 from parallel_tune.config import TrainConfig, make_config, read_yaml
-from parallel_tune.display import MetricsFollower, summary
+from parallel_tune.display import open_display, summary
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.launch import Watcher, launch_spec, worker_argv
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
+from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -73,6 +74,7 @@ def train(config: TrainConfig) -> None:
 
         train_joined(config, launch)
         return
+    trackers.check_installed(config.report_to)
     hardware = find_hardware(config)
     made, lines = decide(config, hardware)
     for line in lines:
@@ -91,7 +93,7 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
     Raises:
         ConfigError: the plan needs GPUs that this machine does not have.
     """
-    check_devices(len(plan.devices), plan.devices[0].kind, hardware)
+    check_devices(len(plan.visible), plan.devices[0].kind, hardware)
 
 
 def check_devices(needed: int, kind: str, hardware: Hardware) -> None:
@@ -111,11 +113,14 @@ def check_devices(needed: int, kind: str, hardware: Hardware) -> None:
 
 def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
     """Run the processes to their end and print the summary."""
-    follower = MetricsFollower(run.metrics)
     cores = psutil.cpu_count(logical=True) or 1
     spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
-    Watcher(plan.processes, run, spec, follower.poll).run()
-    click.echo(summary(read_report(run.report), run.path))
+    try:
+        with open_display(plan, run) as display:
+            Watcher(plan.processes, run, spec, display.poll).run()
+        click.echo(summary(read_report(run.report), run.path))
+    finally:
+        try_to_write_page(run.path)
 
 
 def resume(path: Path) -> None:

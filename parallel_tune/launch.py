@@ -76,7 +76,9 @@ def process_environment(
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if devices[0].kind == "cuda":
         visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        chosen = [visible[device.index] if visible else str(device.index) for device in devices]
+        # Two stages of a split may share a device.
+        indices = dict.fromkeys(device.index for device in devices)
+        chosen = [visible[index] if visible else str(index) for index in indices]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     else:

@@ -42,6 +42,10 @@ class RunDir:
         return self.path / "report.json"
 
     @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
