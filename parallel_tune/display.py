@@ -28,7 +28,11 @@ class MetricsFollower:
         if newline:
             self._position += len((complete + newline).encode())
             for line in complete.splitlines():
-                click.echo(format_row(json.loads(line)))
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # torn when its writer died
+                click.echo(format_row(row))
 
 
 def format_row(row: dict[str, Any]) -> str:
