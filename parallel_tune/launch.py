@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel_tune.process import die_with_parent
+import click
+
+from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
 from strategies.contracts import Plan
-from strategies.errors import ParallelTuneError, RunFailed, Stopped
+from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
 RENDEZVOUS = "parallel_tune_loopback"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
-"""How long the other processes may take to end by themselves once one has failed."""
+"""How long the other processes may take to end by themselves once one has failed, or rank 0 has said how it ended."""
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -102,14 +105,25 @@ class Watcher:
         Raises:
             Stopped: a signal ended the run with a checkpoint on disk.
             RunFailed: a process failed or vanished; every other one is ended.
+            ConfigError: another command is training in this run directory.
         """
+        with self._run.logs.joinpath("lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"another command is training in {self._run.path}", "Wait for its end, or stop it first."
+                ) from error
+            self._run_alone()
+
+    def _run_alone(self) -> None:
         for rank in range(self._plan.processes):
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
             process = subprocess.Popen(
                 self._spec.argv,
-                env=dict(self._spec.env),
+                env={**self._spec.env, WATCHER: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -131,7 +145,10 @@ class Watcher:
         self._signals += 1
 
     def _wait(self, process: subprocess.Popen[bytes]) -> list[int]:
-        """Until all have ended, or one failed and the grace is over. Returns the ranks that vanished by themselves."""
+        """Until all have ended, or the end is decided and the grace is over. Returns the ranks that vanished first.
+
+        Decided: a rank failed or vanished, or rank 0 has said how it ended; the others then have nothing left to do.
+        """
         vanished: list[int] = []
         deadline: float | None = None
         while process.poll() is None:
@@ -141,12 +158,16 @@ class Watcher:
             if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
                 return vanished
             if deadline is None:
-                vanished = [rank for rank in range(self._plan.processes) if self._has_vanished(rank)]
-                failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in self._outcomes().values())
-                if vanished or failed:
+                outcomes = self._outcomes()
+                vanished = [rank for rank, pid in self._pids().items() if rank not in outcomes and not _alive(pid)]
+                # One that wrote its word and ended between the two looks has not vanished.
+                vanished = [rank for rank in vanished if read_outcome(self._run, rank) is None]
+                failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())
+                if vanished or failed or 0 in outcomes:
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
-        return vanished or [rank for rank in range(self._plan.processes) if self._has_vanished(rank)]
+        # Without their launcher, ranks are gone or about to be.
+        return vanished or [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
 
     def _outcomes(self) -> dict[int, Outcome]:
         said = {rank: read_outcome(self._run, rank) for rank in range(self._plan.processes)}
@@ -161,10 +182,6 @@ class Watcher:
                 continue
         return pids
 
-    def _has_vanished(self, rank: int) -> bool:
-        pid = self._pids().get(rank)
-        return pid is not None and not _alive(pid) and read_outcome(self._run, rank) is None
-
     def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> bool:
         """Signal the workers. Those that have not begun are ended: there is nothing to save."""
         pids = self._pids()
@@ -173,6 +190,7 @@ class Watcher:
             return True
         for pid in pids.values():
             _send(pid, signal.SIGTERM)
+        click.echo("stopping after this step, with a checkpoint; a second signal ends all at once", err=True)
         return True
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
@@ -200,7 +218,8 @@ class Watcher:
             names = ", ".join(f"rank {rank}" for rank in vanished)
             raise RunFailed(
                 f"{names} ended without a word: killed from outside, or out of host memory",
-                f"See {self._run.logs}; `parallel-tune resume {self._run.path}` goes on from the last checkpoint.",
+                f"Log: {self._run.log(vanished[0])}; `parallel-tune resume {self._run.path}` goes on from the last "
+                "checkpoint, if there is one.",
             )
         failures = sorted(
             ((self._run.outcome(rank).stat().st_mtime, rank) for rank, out in outcomes.items() if out.code != 0)
