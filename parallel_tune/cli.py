@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from parallel_tune import __version__
-from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, train_options
+from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, some_train_options, train_options
 from strategies.errors import ParallelTuneError
 
 DEFAULT_COMMAND = "train"
@@ -75,6 +75,32 @@ def plan(config_file: str | None, as_json: bool, debug: bool, **options: Any) ->
     commands.plan(commands.read_config(config_file, given(options)), as_json)
 
 
+@program.command(
+    cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
+)
+@some_train_options(
+    "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir",
+)  # fmt: skip
+@click.option(
+    "--model", "--model_name", default=None, cls=GroupedOption, group="Model",
+    help="The model that SCRIPT trains, whose size decides; read from the script if left out.",
+)  # fmt: skip
+@debug_option
+@click.argument("script", type=click.Path(dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Run an Unsloth, TRL or transformers SCRIPT with its ARGUMENTS under a strategy.
+
+    ddp starts it on every device; model_parallel runs it in one process that sees all devices. The model's size
+    decides under auto: give --model where the script does not write it out. The other options size the plan that
+    `parallel_tune.placement()` tells the script; they change nothing in the script by themselves.
+    """
+    from parallel_tune.script_launch import launch_script
+
+    launch_script(Path(script), arguments, given(options))
+
+
 @program.command(context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
 @debug_option
@@ -83,6 +109,29 @@ def resume(run: str, debug: bool) -> None:
     from parallel_tune import commands
 
     commands.resume(Path(run))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("run", type=click.Path(file_okay=False))
+@debug_option
+def report(run: str, debug: bool) -> None:
+    """Write RUN/report.html anew."""
+    from parallel_tune.reporting.run_page import write_page
+
+    click.echo(str(write_page(Path(run))))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False))
+@click.option(
+    "--output", default="outputs/compare", show_default=True, type=click.Path(file_okay=False), help="Folder."
+)
+@debug_option
+def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
+    """Show runs side by side: a table, compare.html and compare.png."""
+    from parallel_tune.reporting.compare import compare as compare_runs
+
+    compare_runs([Path(run) for run in runs], Path(output))
 
 
 @program.command(context_settings=TOKENS)

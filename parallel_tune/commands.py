@@ -10,15 +10,16 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, planning, refusal, rundir
+from parallel_tune import checkpoint, planning, refusal, rundir, trackers
 from parallel_tune.config import TrainConfig, make_config, read_yaml
-from parallel_tune.display import MetricsFollower, summary
+from parallel_tune.display import open_display, summary
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.launch import Watcher, launch_spec, worker_argv
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
+from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -73,6 +74,7 @@ def train(config: TrainConfig) -> None:
 
         train_joined(config, launch)
         return
+    trackers.check_installed(config.report_to)
     hardware = find_hardware(config)
     made, lines = decide(config, hardware)
     for line in lines:
@@ -91,26 +93,34 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
     Raises:
         ConfigError: the plan needs GPUs that this machine does not have.
     """
-    if plan.devices[0].kind == "cpu":
+    check_devices(len(plan.visible), plan.devices[0].kind, hardware)
+
+
+def check_devices(needed: int, kind: str, hardware: Hardware) -> None:
+    """As `check_present`, for a number of devices."""
+    if kind == "cpu":
         return
     present = len(hardware.devices) if not hardware.declared else 0
     if hardware.declared:
         found = probe(dict(os.environ))
         present = len(found.devices) if found.kind == "cuda" else 0
-    if present < len(plan.devices):
+    if present < needed:
         raise ConfigError(
-            f"the plan needs {len(plan.devices)} GPUs and this machine has {present}",
+            f"the plan needs {needed} GPUs and this machine has {present}",
             "`parallel-tune plan` shows the plan for declared hardware; train where the GPUs are.",
         )
 
 
 def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
     """Run the processes to their end and print the summary."""
-    follower = MetricsFollower(run.metrics)
     cores = psutil.cpu_count(logical=True) or 1
     spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
-    Watcher(plan, run, spec, follower.poll).run()
-    click.echo(summary(read_report(run.report), run.path))
+    try:
+        with open_display(plan, run) as display:
+            Watcher(plan.processes, run, spec, display.poll).run()
+        click.echo(summary(read_report(run.report), run.path))
+    finally:
+        try_to_write_page(run.path)
 
 
 def resume(path: Path) -> None:

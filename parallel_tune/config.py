@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from parallel_tune import trackers
 from strategies.errors import ConfigError
 
 DEFAULT_MODEL = "unsloth/Llama-3.2-1B-Instruct"
@@ -84,12 +85,14 @@ class TrainConfig:
     save_steps: int = option(0, "Output", "A checkpoint every so many steps; 0 saves only the result.")
     save_total_limit: int | None = option(None, "Output", "Checkpoints to keep.")
     eval_steps: int = option(0, "Output", "Evaluate every so many steps; 0 is before and after.")
-    report_to: list[str] = option([], "Output", "Trackers, by their transformers names, comma-separated.")
+    report_to: list[str] = option([trackers.AUTO], "Output", "Trackers, by their transformers names, comma-separated; auto is TensorBoard where it is installed; or none.")
 
     strategy: str = option("auto", "Hardware", "ddp, model_parallel, an installed one, or auto.", basic=True)
     hardware: str | None = option(None, "Hardware", "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
     device_map: str | None = option(None, "Hardware", "Ask for a split: balanced, auto, or a JSON file of module -> device.")
-    pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn.", choices=("auto", "off"))
+    pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"))
+    lanes: int | None = option(None, "Hardware", "Micro-batches in flight at once in a split; as many as stages if left out.")
+    stages: int | None = option(None, "Hardware", "Split the model into so many parts; more than devices share them, to try a split out.")
     ddp_timeout: int = option(1800, "Hardware", "Seconds before a collective that waits gives up.")
     # fmt: on
 
@@ -195,6 +198,8 @@ _POSITIVE = [
     "num_train_epochs",
     "logging_steps",
     "max_rows",
+    "lanes",
+    "stages",
     "ddp_timeout",
 ]
 _NOT_NEGATIVE = [
@@ -237,6 +242,9 @@ def validate(config: TrainConfig) -> TrainConfig:
             "full_finetuning and load_in_4bit exclude each other: 4-bit weights cannot be trained",
             "Drop one of them; QLoRA is load_in_4bit alone.",
         )
+    trackers.check_names(config.report_to)
+    if config.stages is not None and config.strategy == "ddp":
+        raise ConfigError("stages divide one model, and ddp puts a whole one on each device", "Drop one of the two.")
     if not config.full_finetuning and not config.target_modules:
         raise ConfigError("target_modules is empty: nothing would train", "Name modules, or use --full_finetuning.")
     return config

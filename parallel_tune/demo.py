@@ -15,7 +15,7 @@ from parallel_tune.plan_view import render_plan
 from parallel_tune.planning import require_fit
 from strategies.errors import ConfigError
 
-PROMPT = "Why does fine-tuning need less data than training from scratch?"
+PROMPT = "What is the capital of France?"
 DATASET = "short_answers.jsonl"
 
 
@@ -46,8 +46,8 @@ def demo_config(model: Path, strategy: str, hardware: str | None, max_steps: int
         strategy=strategy,
         hardware=hardware,
         max_seq_length=256,
-        global_batch_size=8,
-        max_steps=max_steps or 40,
+        global_batch_size=4,
+        max_steps=max_steps or 50,
         learning_rate=1e-3,
         answers_only=True,
         val_size=24,

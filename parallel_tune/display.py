@@ -1,58 +1,130 @@
-"""What a person sees of a run in the terminal, from the rows of metrics.jsonl."""
+"""What a person sees of a run in the terminal: a live panel, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
+from rich.console import Console
+
+from parallel_tune.gauges import Gauge, Reading, open_gauge
+from parallel_tune.live import LivePanel
+from parallel_tune.progress import MetricsFollower, duration, steps_of
+from parallel_tune.rundir import RunDir
+from strategies.contracts import Plan
 
 
-class MetricsFollower:
-    """Prints each new row of a metrics file as a line."""
+class View(Protocol):
+    """One way of showing rows of metrics."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
+    def start(self) -> None: ...
+
+    def show(self, rows: list[dict[str, Any]]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class PlainLines:
+    """A line a row."""
+
+    def __init__(self, global_batch: int) -> None:
+        self._global_batch = global_batch
+
+    def start(self) -> None:
+        pass
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            click.echo(format_row(row, self._global_batch))
+
+    def stop(self) -> None:
+        pass
+
+
+class Display:
+    """Follows a run's metrics and shows them. An error of the display ends the display, never the run."""
+
+    def __init__(self, follower: MetricsFollower, view: View) -> None:
+        self._follower = follower
+        self._view: View | None = view
+        self._guard(view.start)
 
     def poll(self) -> None:
-        """Print the rows that were added since the last call."""
+        """Show what is new."""
+        view = self._view
+        if view is not None:
+            self._guard(lambda: view.show(self._follower.poll()))
+
+    def close(self) -> None:
+        if self._view is not None:
+            self._guard(self._view.stop)
+        self._view = None
+
+    def _guard(self, action: Any) -> None:
+        view = self._view
         try:
-            with self._path.open(encoding="utf-8") as file:
-                file.seek(self._position)
-                text = file.read()
-        except OSError:
-            return
-        complete, newline, _ = text.rpartition("\n")
-        if newline:
-            self._position += len((complete + newline).encode())
-            for line in complete.splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # torn when its writer died
-                click.echo(format_row(row))
+            action()
+        except Exception as error:
+            self._view = None
+            try:
+                if view is not None:
+                    view.stop()
+                click.echo(f"no more display: {type(error).__name__}: {error}; the run goes on", err=True)
+            except Exception:
+                return  # nowhere left to say it
 
 
-def format_row(row: dict[str, Any]) -> str:
+@contextmanager
+def open_display(plan: Plan, run: RunDir) -> Iterator[Display]:
+    """Show the run while the block runs; before that, what the GPUs have in use already."""
+    follower = MetricsFollower(run.metrics)
+    gauge = _gauge(plan, run)
+    if gauge is not None:
+        for line in status_lines(plan, gauge()):
+            click.echo(line)
+    console = Console()
+    view: View = PlainLines(plan.global_batch)
+    if console.is_terminal and not console.is_dumb_terminal:
+        view = LivePanel(plan, console, gauge)
+    display = Display(follower, view)
+    try:
+        yield display
+    finally:
+        display.close()
+
+
+def _gauge(plan: Plan, run: RunDir) -> Gauge | None:
+    try:
+        return open_gauge(plan, run, os.environ)
+    except Exception as error:
+        click.echo(f"devices cannot be watched: {type(error).__name__}: {error}", err=True)
+        return None
+
+
+def status_lines(plan: Plan, readings: list[Reading | None]) -> list[str]:
+    """GPUs before the start, a line each."""
+    return [
+        f"GPU {device.index} {device.name}: {gib(reading.used_bytes)} of {gib(device.capacity_bytes)} in use, "
+        f"{reading.busy_share:.0%} busy; {gib(device.predicted_peak_bytes)} predicted"
+        for device, reading in zip(plan.devices, readings, strict=True)
+        if device.kind == "cuda" and reading is not None
+    ]
+
+
+def format_row(row: dict[str, Any], global_batch: int) -> str:
     """One row for people."""
     if "eval_loss" in row:
         return f"step {row['step']:>5}          held-out loss {row['eval_loss']:.4f}"
-    left = (row["max_steps"] - row["step"]) * row["seconds"]
+    left = (row["max_steps"] - row["step"]) * row["seconds"] / steps_of(row, global_batch)
     rate = row["tokens_per_second"]
     return (
         f"step {row['step']:>5}/{row['max_steps']:<5}    loss {row['loss']:.4f}   "
         f"lr {row['learning_rate']:.2e}   {rate or 0:>8,.0f} tok/s   {duration(left)} left"
     )
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, or hours and minutes."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    return f"{minutes // 60}h{minutes % 60:02d}"
 
 
 def summary(report: dict[str, Any], run: Path) -> str:

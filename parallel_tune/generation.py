@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 
@@ -9,7 +10,11 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int =
     """What the model says to a user's prompt, decoded greedily on the CPU or the first GPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    # It warns of a kernel for 4-bit weights, which are not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).to(device)

@@ -17,6 +17,7 @@ from parallel_tune.plan_view import render_plan
 from parallel_tune.process import leave
 from parallel_tune.refusal import Launch
 from parallel_tune.report import read as read_report
+from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError
 
@@ -104,5 +105,7 @@ def _obey(run: rundir.RunDir, rank: int) -> NoReturn:
             click.echo(f"parallel-tune: rank {rank}: {outcome.message}\n{outcome.hint}", err=True)
         elif rank == 0:
             click.echo(summary(read_report(run.report), run.path))
+        if rank == 0:
+            try_to_write_page(run.path)
 
     run_to_its_end(run, rank, None, tell)

@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from parallel_tune.outcome import process_id_file
 from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
-from strategies.contracts import Plan
+from strategies.contracts import Device, DevicePlan, Plan
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
 RENDEZVOUS = "parallel_tune_loopback"
@@ -42,9 +44,14 @@ def worker_argv(plan: Plan, run_path: str, checkpoint: Path | None = None) -> tu
     worker = ("-m", "parallel_tune.worker", run_path, *([str(checkpoint)] if checkpoint else []))
     if plan.processes == 1:
         return (sys.executable, *worker)
+    return (sys.executable, *torchrun_arguments(plan.processes), *worker)
+
+
+def torchrun_arguments(processes: int) -> tuple[str, ...]:
+    """What starts that many processes of this machine on our loopback rendezvous; their command follows."""
     return (
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={plan.processes}",
-        f"--rdzv-backend={RENDEZVOUS}", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0", *worker,
+        "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}",
+        f"--rdzv-backend={RENDEZVOUS}", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0",
     )  # fmt: skip
 
 
@@ -57,23 +64,33 @@ def launch_spec(
         environ: the environment to start from; an outer launcher's variables are dropped from it.
         cores: CPU cores of the machine, shared among the processes of a CPU run.
     """
-    env = without_launcher(environ)
+    env = process_environment(plan.devices, plan.processes, environ, cores)
     # The working directory must not be searched for modules: a `strategies` folder there would shadow ours.
     env["PYTHONSAFEPATH"] = "1"
+    return LaunchSpec(worker_argv(plan, str(run.path), checkpoint), env)
+
+
+def process_environment(
+    devices: Sequence[Device | DevicePlan], processes: int, environ: Mapping[str, str], cores: int
+) -> dict[str, str]:
+    """The environment of processes that shall see these devices and no others. Pure."""
+    env = without_launcher(environ)
     env["PYTHONUNBUFFERED"] = "1"
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if plan.devices[0].kind == "cuda":
+    if devices[0].kind == "cuda":
         visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-        chosen = [visible[device.index] if visible else str(device.index) for device in plan.devices]
+        # Two stages of a split may share a device.
+        indices = dict.fromkeys(device.index for device in devices)
+        chosen = [visible[index] if visible else str(index) for index in indices]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.processes)))
-    if plan.processes > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if processes > 1:
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    return LaunchSpec(worker_argv(plan, str(run.path), checkpoint), env)
+    return env
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -91,8 +108,10 @@ class Watcher:
     At the first SIGINT or SIGTERM the workers save a checkpoint and stop; at the second everything is killed.
     """
 
-    def __init__(self, plan: Plan, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
-        self._plan = plan
+    stopping = "stopping after this step, with a checkpoint; a second signal ends all at once"
+
+    def __init__(self, processes: int, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
+        self._processes = processes
         self._run = run
         self._spec = spec
         self._on_poll = on_poll
@@ -117,7 +136,7 @@ class Watcher:
             self._run_alone()
 
     def _run_alone(self) -> None:
-        for rank in range(self._plan.processes):
+        for rank in range(self._processes):
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
@@ -131,7 +150,9 @@ class Watcher:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, self._note) for number in handled}
         try:
             vanished = self._wait(process)
         finally:
@@ -158,39 +179,44 @@ class Watcher:
             if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
                 return vanished
             if deadline is None:
-                outcomes = self._outcomes()
-                vanished = [rank for rank, pid in self._pids().items() if rank not in outcomes and not _alive(pid)]
-                # One that wrote its word and ended between the two looks has not vanished.
-                vanished = [rank for rank in vanished if read_outcome(self._run, rank) is None]
-                failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())
-                if vanished or failed or 0 in outcomes:
+                vanished = self._vanished()
+                if vanished or self._is_decided(self._outcomes()):
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
         # Without their launcher, ranks are gone or about to be.
         return vanished or [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
 
     def _outcomes(self) -> dict[int, Outcome]:
-        said = {rank: read_outcome(self._run, rank) for rank in range(self._plan.processes)}
+        said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}
         return {rank: outcome for rank, outcome in said.items() if outcome is not None}
 
     def _pids(self) -> dict[int, int]:
         pids = {}
-        for rank in range(self._plan.processes):
+        for rank in range(self._processes):
             try:
                 pids[rank] = int(pid_file(self._run, rank).read_text())
             except (OSError, ValueError):
                 continue
         return pids
 
+    def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
+        failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())
+        return failed or 0 in outcomes
+
+    def _vanished(self) -> list[int]:
+        """Ranks that began and are gone without a word."""
+        gone = [rank for rank, pid in self._pids().items() if not _alive(pid)]
+        return [rank for rank in gone if read_outcome(self._run, rank) is None]
+
     def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> bool:
         """Signal the workers. Those that have not begun are ended: there is nothing to save."""
         pids = self._pids()
-        if len(pids) < self._plan.processes:
+        if len(pids) < self._processes:
             self._kill_all(process)
             return True
         for pid in pids.values():
             _send(pid, signal.SIGTERM)
-        click.echo("stopping after this step, with a checkpoint; a second signal ends all at once", err=True)
+        click.echo(self.stopping, err=True)
         return True
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
@@ -221,22 +247,23 @@ class Watcher:
                 f"Log: {self._run.log(vanished[0])}; `parallel-tune resume {self._run.path}` goes on from the last "
                 "checkpoint, if there is one.",
             )
-        failures = sorted(
-            ((self._run.outcome(rank).stat().st_mtime, rank) for rank, out in outcomes.items() if out.code != 0)
-        )
-        if failures:
-            rank = failures[0][1]
-            raise failure(rank, outcomes[rank], self._run)
+        self._raise_first_failure(outcomes)
         tail = _tail(self._run.logs / "launcher.log")
         raise RunFailed(
             f"the training processes ended with code {code} before they began",
             f"{tail}\nSee {self._run.logs / 'launcher.log'}.",
         )
 
+    def _raise_first_failure(self, outcomes: Mapping[int, Outcome]) -> None:
+        failed = [rank for rank, outcome in outcomes.items() if outcome.code != 0]
+        if failed:
+            rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
+            raise failure(rank, outcomes[rank], self._run)
+
 
 def pid_file(run: RunDir, rank: int) -> Path:
     """Where a worker writes its process id."""
-    return run.logs / f"rank-{rank}.pid"
+    return process_id_file(run.logs, rank)
 
 
 def failure(rank: int, outcome: Outcome, run: RunDir) -> ParallelTuneError:

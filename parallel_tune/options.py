@@ -60,6 +60,19 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
+def some_train_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a click command the options of these settings only."""
+    hints = get_type_hints(TrainConfig)
+    by_name = {item.name: item for item in dataclasses.fields(TrainConfig)}
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = _option(by_name[name], hints[name])(command)
+        return command
+
+    return decorate
+
+
 def _option(item: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     default = item.default if item.default is not dataclasses.MISSING else None
     shown = "" if default is None or isinstance(default, bool) else f"  [default: {default}]"

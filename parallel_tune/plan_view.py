@@ -44,10 +44,10 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     """The plan as text of at most `width` columns (the launch command excepted, so that it can be copied)."""
     width = max(MIN_WIDTH, min(width or shutil.get_terminal_size((100, 24)).columns, MAX_WIDTH))
     blocks = [
-        "\n".join(_wrapped(_headline(plan), width)),
+        "\n".join(_wrapped(headline(plan), width)),
         _device_table(plan, width),
         "\n".join(_wrapped(_legend(plan), width)),
-        "\n".join(line for text in _facts(plan) for line in _wrapped(text, width, "  ")),
+        "\n".join(line for text in facts(plan) for line in _wrapped(text, width, "  ")),
         _section("Why", plan.reasons, width),
         _section("Not taken", (f"{r.strategy}: {r.reason}" for r in plan.rejected), width),
         _section(
@@ -79,7 +79,8 @@ def memory_bar(device: DevicePlan, full_scale_bytes: int, width: int) -> str:
     return (bar[:limit] + "|" + bar[limit + 1 :]).ljust(width)
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """The plan in one line."""
     if plan.processes > 1:
         how = f"{plan.processes} processes, a whole model on each device"
     elif len(plan.devices) > 1:
@@ -108,7 +109,15 @@ def _device_table(plan: Plan, width: int) -> str:
         sizes = (device.predicted_peak_bytes, usable_bytes(device), device.capacity_bytes)
         table.add_row(name, held, *(f"{size / GIB:.1f}" for size in sizes), memory_bar(device, scale, bar_width))
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False).print(table)
+    Console(
+        file=out,
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        highlight=False,
+        markup=False,
+    ).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
@@ -138,7 +147,8 @@ def _part(memory: MemoryEstimate, attribute: str) -> str:
     return "0" if size == 0 else f"{size / GIB:.1f}" if size >= 0.05 * GIB else "<0.1"
 
 
-def _facts(plan: Plan) -> Iterable[str]:
+def facts(plan: Plan) -> Iterable[str]:
+    """Batch, checkpointing and speed, each as a name, spaces and what is so."""
     product = plan.processes * plan.micro_batch * plan.gradient_accumulation_steps
     factors = (
         f"{plan.processes} process{'es' if plan.processes > 1 else ''} x micro-batch {plan.micro_batch} "

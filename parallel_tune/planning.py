@@ -10,8 +10,19 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import TrainingSettings
-from strategies.contracts import Checkpointing, Hardware, Plan, Suggestion, Workload
+from strategies.contracts import (
+    Arrangement,
+    Checkpointing,
+    Device,
+    Hardware,
+    MemoryEstimate,
+    Part,
+    Plan,
+    Suggestion,
+    Workload,
+)
 from strategies.errors import ConfigError, NoStrategyFits
 from strategies.registry import StrategyRegistry
 from strategies.selector import closest_plan
@@ -37,15 +48,17 @@ def _plan(
     config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
 ) -> Plan:
     strategy = config.strategy
-    if config.device_map is not None and strategy == "auto":
+    if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
+    dtype = compute_dtype(config, hardware)
     plan = closest_plan(
         workload(config, facts, engine),
         hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, hardware)),
+        ClosedFormEstimator(facts, training_settings(config, engine, dtype)),
         registry,
         strategy,
     )
+    plan = replace(plan, dtype=dtype)
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
@@ -76,16 +89,24 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=modes[asked],
         tied_embeddings=facts.tied_embeddings,
-        pipeline=config.pipeline == "auto",
+        pipeline=config.pipeline != "off",
+        force_lanes=config.pipeline == "on",
+        lanes=config.lanes,
+        stages=config.stages,
     )
 
 
-def training_settings(config: TrainConfig, engine: EngineName, hardware: Hardware) -> TrainingSettings:
+def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
+    """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    if hardware.kind == "cpu":
+        return "float32"
+    return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
+
+
+def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> TrainingSettings:
     """What the memory estimate needs to know of the settings."""
-    dtype = config.dtype
-    if dtype == "auto":
-        half = "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
-        dtype = half if hardware.kind == "cuda" else "float32"
     fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
     return TrainingSettings(
         method="full" if config.full_finetuning else "lora",
@@ -100,6 +121,34 @@ def training_settings(config: TrainConfig, engine: EngineName, hardware: Hardwar
         engine=engine,
         sequence_length=config.max_seq_length,
     )
+
+
+def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int) -> list[MemoryEstimate]:
+    """What each device of a plan needs when no row is longer than `longest_row` tokens.
+
+    The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
+    hold against a measurement.
+    """
+    facts = load_model_facts(config.model)
+    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
+    estimator = ClosedFormEstimator(facts, settings)
+    split = plan.processes == 1 and len(plan.devices) > 1
+    arrangement = Arrangement(
+        plan.processes,
+        plan.micro_batch,
+        plan.gradient_accumulation_steps,
+        plan.gradient_checkpointing,
+        lanes=plan.lanes,
+        stages=len(plan.devices) if split else 1,
+    )
+    last = facts.num_layers - 1
+    predicted = []
+    for item in plan.devices:
+        first, last = item.layers
+        part = Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
+        device = Device(item.index, item.name, item.kind, item.capacity_bytes, item.free_bytes)
+        predicted.append(estimator.memory(part, arrangement, device))
+    return predicted
 
 
 def _suggestions(

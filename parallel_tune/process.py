@@ -1,4 +1,4 @@
-"""Small facts of life of a process: dying with its parent, and leaving without the interpreter's exit."""
+"""Small facts of life of a process: dying with its parent, writing to a log, leaving at once."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def redirect_output(log: Path) -> None:
+    """Send all that this process and its libraries print to its log file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.planning import predict_for_rows
 from parallel_tune.rundir import RunDir, write_atomically
 from strategies.base import Session
 from strategies.contracts import Plan
@@ -50,14 +51,22 @@ def write(
     steps: int,
     losses: dict[str, float],
     data: Any,
+    longest_row: int,
     total_seconds: float,
 ) -> None:
-    """Gather every rank's measurements and write the report from the main one. Every rank calls it."""
+    """Gather every rank's measurements and write the report from the main one. Every rank calls it.
+
+    The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
+    prediction for the longest row that was trained (`predicted_*_bytes`).
+    """
     measured: dict[int, dict[str, int]] = {}
     for by_device in session.gather(measure_devices(plan, session)):
         measured.update(by_device)
     if not session.is_main:
         return
+    by_strategy = session.report()
+    stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
+    timeline = by_strategy.pop("timeline", None)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -72,20 +81,28 @@ def write(
         "tokens_per_second": metrics.tokens / metrics.seconds if metrics.seconds else None,
         "final_loss": metrics.final_loss,
         **losses,
+        **by_strategy,
         "result": str(run.result(config).relative_to(run.path)),
         "data": asdict(data),
+        "longest_row": longest_row,
         "devices": [
             {
                 "index": device.index,
                 "name": device.name,
-                "predicted_allocated_bytes": device.predicted_allocated_bytes,
-                "predicted_peak_bytes": device.predicted_peak_bytes,
+                "planned_peak_bytes": device.predicted_peak_bytes,
+                "predicted_allocated_bytes": predicted.allocated_bytes,
+                "predicted_peak_bytes": predicted.peak_bytes,
                 **measured.get(device.index, {}),
+                **stage,
             }
-            for device in plan.devices
+            for device, predicted, stage in zip(
+                plan.devices, predict_for_rows(config, plan, longest_row), stages, strict=True
+            )
         ],
         "versions": versions(),
     }
+    if timeline:
+        write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
 
 
@@ -101,7 +118,7 @@ def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
         return {plan.devices[places[0]].index: {"used_peak_bytes": peak_resident_bytes()}} if len(places) == 1 else {}
     result = {}
     for place in places:
-        ordinal = session.device.index if plan.processes > 1 else place
+        ordinal = session.device.index if plan.processes > 1 else plan.ordinals[place]
         free, total = torch.cuda.mem_get_info(ordinal)
         result[plan.devices[place].index] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(ordinal),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.outcome import Outcome as Outcome
+from parallel_tune.outcome import load, log_file, outcome_file, save
+from parallel_tune.outcome import write_atomically as write_atomically
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 
@@ -40,6 +42,10 @@ class RunDir:
         return self.path / "report.json"
 
     @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -56,10 +62,10 @@ class RunDir:
         return self.model if config.full_finetuning else self.adapter
 
     def log(self, rank: int) -> Path:
-        return self.logs / f"rank-{rank}.log"
+        return log_file(self.logs, rank)
 
     def outcome(self, rank: int) -> Path:
-        return self.logs / f"rank-{rank}.json"
+        return outcome_file(self.logs, rank)
 
     def read(self) -> tuple[TrainConfig, Plan]:
         """The settings and the plan that the run obeys.
@@ -78,23 +84,6 @@ class RunDir:
         return make_config(settings), Plan.from_json(plan)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one process said when it ended.
-
-    Attributes:
-        code: its exit code.
-        message: one line; empty if all went well.
-        hint: what to do about it.
-        trace: the traceback, for `--debug`.
-    """
-
-    code: int
-    message: str = ""
-    hint: str = ""
-    trace: str = ""
-
-
 def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     """Make the run directory and write config and plan into it.
 
@@ -106,7 +95,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
-        path = _unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
+        path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
     run = RunDir(path.absolute())
     # A resume may come from another working directory.
     config = config.replace(model=_absolute(config.model), dataset=_absolute(config.dataset))
@@ -132,33 +121,20 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none, also after a power cut."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_outcome(run: RunDir, rank: int, outcome: Outcome) -> None:
-    write_atomically(run.outcome(rank), json.dumps(asdict(outcome)))
+    save(run.outcome(rank), outcome)
 
 
 def read_outcome(run: RunDir, rank: int) -> Outcome | None:
     """What the rank said, or None if it ended without a word."""
-    try:
-        return Outcome(**json.loads(run.outcome(rank).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return load(run.outcome(rank))
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ and micro-batch trains on the same samples in the same step.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,6 +61,10 @@ class GlobalBatches:
         """Samples of one step."""
         return len(self.sample_ids(step))
 
+    def longest_row(self, steps: int) -> int:
+        """Tokens of the longest row among the first `steps` steps."""
+        return max(self.lengths[i] for step in range(min(steps, self.steps_per_epoch)) for i in self.sample_ids(step))
+
     def target_tokens(self, step: int) -> int:
         """Predicted tokens of one step over all ranks: the loss is the mean over these."""
         return sum(self.targets[i] for i in self.sample_ids(step))
@@ -77,19 +81,38 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def shortest_at_the_ends(micro_batches: Sequence[list[int]]) -> list[list[int]]:
+    """Micro-batches that come longest first, arranged to rise and fall in length.
+
+    A split model's last device waits for the first micro-batch to come, its first device for the last one to come back:
+    both had better be short, while neighbours, which are worked on at once, stay alike.
+    """
+    return [*reversed(micro_batches[1::2]), *micro_batches[0::2]]
+
+
 class MicroBatchSampler:
     """One rank's micro-batches in order, for a DataLoader's `batch_sampler`; an epoch at a time.
 
     Every step has the same number of micro-batches on every rank; the empty ones of a short last step become
     zero-weight passes, so that no rank skips a collective.
+
+    Args:
+        is_split: whether several devices work on the one process's micro-batches, one after the other.
     """
 
     def __init__(
-        self, batches: GlobalBatches, rank: int, processes: int, micro_batch: int, num_micro_batches: int
+        self,
+        batches: GlobalBatches,
+        rank: int,
+        processes: int,
+        micro_batch: int,
+        num_micro_batches: int,
+        is_split: bool = False,
     ) -> None:
         self._batches = batches
         self._rank = rank
         self._arguments = (processes, micro_batch, num_micro_batches)
+        self._is_split = is_split
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,4 +124,5 @@ class MicroBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         first = self._epoch * self._batches.steps_per_epoch
         for step in range(first, first + self._batches.steps_per_epoch):
-            yield from self._batches.micro_batches(step, *self._arguments)[self._rank]
+            micro_batches = self._batches.micro_batches(step, *self._arguments)[self._rank]
+            yield from shortest_at_the_ends(micro_batches) if self._is_split else micro_batches

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -16,7 +19,8 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
-from strategies.base import Session
+from parallel_tune.trackers import chosen
+from strategies.base import Schedule, Session
 from strategies.contracts import Plan
 
 
@@ -46,12 +50,17 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self.session = session
         self.plan = plan
         self._keep = keep
+        self._evaluated: tuple[int, float] | None = None
+        self._waiting: list[Any] = []
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
         if hasattr(self.model, "peft_config"):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        if session.schedule is not None:
+            # Autocast's cache of cast weights is the whole process's: it would hand one thread's tensor to another.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.accelerator.ddp_handler is not None:
             # Gradients live in the buckets: no second copy of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -64,6 +73,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             self.plan.processes,
             self.plan.micro_batch,
             self.plan.gradient_accumulation_steps,
+            is_split=self.plan.processes == 1 and len(self.plan.devices) > 1,
         )
         return EpochDataLoader(
             self.train_dataset,
@@ -72,9 +82,15 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             pin_memory=self.session.device.type == "cuda",
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        # Known from the step alone: no rank has to ask the others.
-        return torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one step, and the predicted tokens of the global batch.
+
+        The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU.
+        """
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        return micro_batches, torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -85,12 +101,57 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; where the session has a schedule, the step's last call runs them all through it.
+
+        transformers adds up what this returns, gradients are clipped and applied after the last call: both see just
+        what they would see if the micro-batches had been taken in turn.
+        """
+        schedule = self.session.schedule
+        if schedule is None:
+            # The loss of a split model lies where its head is.
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss.to(self.args.device)
+        self._waiting.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        waiting, self._waiting = self._waiting, []
+        *earlier, last = self._run_step(schedule, model, waiting, num_items_in_batch)
+        for loss in earlier:
+            self._tr_loss += loss  # one by one, as they are summed without a schedule
+        return last
+
+    def _run_step(self, schedule: Schedule, model: Any, waiting: list[Any], num_items: Any) -> list[torch.Tensor]:
+        """The losses of a step's micro-batches, after forward and backward of all."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        micro_batches = []
+        for inputs in waiting:
+            labels = inputs["labels"].to(schedule.labels_device)
+            rest = self._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+            micro_batches.append({**rest, "labels": labels})
+        num_items = num_items.to(schedule.labels_device)
+
+        def forward(_: int, inputs: dict[str, Any]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+            return loss
+
+        # Seed and step together tell the dropout of this step from that of any other.
+        key = (self.args.seed << 32) + self.state.global_step
+        losses = schedule.run(micro_batches, forward, backward=self.accelerator.backward, key=key)
+        return [loss.to(self.args.device) for loss in losses]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per predicted token of the held-out rows, over all ranks."""
+        """Mean loss per predicted token of the held-out rows, over all ranks; computed once a step."""
+        if eval_dataset is None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
+        self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -153,7 +214,7 @@ def build_trainer(
         save_steps=config.save_steps or 500,
         eval_strategy="steps" if config.eval_steps and held_out_rows is not None else "no",
         eval_steps=config.eval_steps or None,
-        report_to=list(config.report_to) or "none",
+        report_to=chosen(config.report_to) or "none",
         ddp_timeout=config.ddp_timeout,
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from parallel_tune.launch import pid_file
-from parallel_tune.process import WATCHER, die_with_parent, leave
+from parallel_tune.process import WATCHER, die_with_parent, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
@@ -72,15 +72,6 @@ def _hint(error: BaseException) -> str:
     return "The log of the rank has the whole story; --debug shows the traceback here."
 
 
-def redirect_output(log: Path) -> None:
-    """Send all that this process and its libraries print to its log file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-
-
 def train(run: RunDir, checkpoint: Path | None) -> Any:
     """One rank's whole training. Returns what must not be freed while the process lives.
 
@@ -95,6 +86,8 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     engine = open_engine(plan.engine)
     engine.prepare()  # before transformers, trl and peft are imported
 
+    import torch
+
     from parallel_tune import report
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
@@ -105,7 +98,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     stop = StopAtSignal(session)
     stop.listen()
-    dtype = compute_dtype(config.dtype, session.device)
+    dtype: torch.dtype = getattr(torch, plan.dtype)
     model, tokenizer = engine.load(config, plan, session, dtype)
     train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
     batches = GlobalBatches(
@@ -135,23 +128,14 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
         losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
+    longest_row = batches.longest_row(trainer.state.global_step)
     report.write(
-        run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, time.monotonic() - started
-    )
+        run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, longest_row,
+        time.monotonic() - started,
+    )  # fmt: skip
     session.barrier()
     session.close()
     return trainer, session
-
-
-def compute_dtype(name: str, device: Any) -> Any:
-    """The torch dtype that a name stands for on this device."""
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def save_result(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -58,7 +58,13 @@ def recomputing() -> bool:
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on `device` that shares no storage with `tensor`, even if it lies there already."""
-    return tensor.clone() if tensor.device == device else tensor.to(device, non_blocking=True)
+    if tensor.device == device:
+        return tensor.clone()
+    copy = tensor.to(device, non_blocking=True)
+    if tensor.device.type == "cuda":
+        # The copy runs on this thread's stream, the tensor may belong to another: not to be freed under the copy.
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return copy
 
 
 class _Carry(torch.autograd.Function):

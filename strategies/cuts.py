@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,16 @@ class CannotCutError(ParallelTuneError):
     """The model's forward does something that a cut graph cannot follow."""
 
 
+class Passage(Protocol):
+    """What happens around a micro-batch's steps from stage to stage."""
+
+    def go(self, stage: int, backward: bool) -> None:
+        """The stage that comes next; called before anything is done on its device."""
+
+    def arrive(self) -> None:
+        """What crosses the boundary is there: the stage's own work begins."""
+
+
 class Cuts:
     """Carries one micro-batch over the boundaries, cutting its graph there; a `Carrier`.
 
@@ -23,7 +34,7 @@ class Cuts:
     backward pass per stage, last stage first, and takes each leaf's gradient to the tensor that the leaf was made from.
 
     Args:
-        hand_over: called with the stage that comes next, before anything is done on its device.
+        passage: told of every step.
 
     Attributes:
         stage: where the forward pass is.
@@ -31,12 +42,12 @@ class Cuts:
         lent: tied weights of stage 0 and the leaves that the head worked with.
     """
 
-    def __init__(self, stages: Stages, hand_over: Callable[[int], None]) -> None:
+    def __init__(self, stages: Stages, passage: Passage) -> None:
         self.stage = 0
         self.pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stages.devices]
         self.lent: list[tuple[Tensor, Tensor]] = []
         self._stages = stages
-        self._hand_over = hand_over
+        self._passage = passage
         self._grad = torch.is_grad_enabled()
 
     def cross(self, stage: int, tensors: Sequence[Tensor], late: bool) -> Sequence[Tensor]:
@@ -50,10 +61,13 @@ class Cuts:
         if torch.is_grad_enabled() != self._grad:
             raise CannotCutError(f"the layers of stage {stage} run inside a checkpoint that spans several layers")
         if not late:
-            self._hand_over(stage)
+            self._passage.go(stage, backward=False)
             self.stage = stage
             self._stages.count(stage)
-        return [self._cut(tensor, self._stages.devices[stage], self.pairs[stage]) for tensor in tensors]
+        copies = [self._cut(tensor, self._stages.devices[stage], self.pairs[stage]) for tensor in tensors]
+        if not late:
+            self._passage.arrive()
+        return copies
 
     def lend(self, weight: Tensor, device: torch.device) -> Tensor:
         """A leaf that stands for a weight of stage 0."""
@@ -65,21 +79,22 @@ class Cuts:
             pairs.append((tensor, copy.requires_grad_()))
         return copy
 
-    def backward(self, hand_over: Callable[[int], None]) -> None:
-        """Walk from the last stage's cut back to stage 0; the last stage's own backward has been run.
-
-        Args:
-            hand_over: called with each stage, before anything is done on its device.
-        """
+    def backward(self) -> None:
+        """Walk from the last stage's cut back to stage 0; the last stage's own backward has been run."""
         for stage in reversed(range(len(self.pairs) - 1)):
-            hand_over(stage)
+            self._passage.go(stage, backward=True)
             pairs, self.pairs[stage + 1] = self.pairs[stage + 1], []
             if any(leaf.grad is not None for _, leaf in pairs):
                 self._stages.count(stage + 1, backward=True)
             if stage == 0:
                 pairs, self.lent = pairs + self.lent, []
             roots = [source for source, leaf in pairs if leaf.grad is not None]
-            gradients = [leaf.grad.to(source.device) for source, leaf in pairs if leaf.grad is not None]
+            gradients = [_brought(leaf.grad, source.device) for source, leaf in pairs if leaf.grad is not None]
             pairs.clear()  # the leaves and their gradients are of no more use
+            self._passage.arrive()
             if roots:
                 torch.autograd.backward(roots, gradients)
+
+
+def _brought(gradient: Tensor, device: torch.device) -> Tensor:
+    return gradient if gradient.device == device else copy_to(gradient, device)

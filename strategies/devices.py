@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from strategies.contracts import Device, Hardware, Workload
 from strategies.errors import ConfigError
@@ -27,6 +28,28 @@ def device_sets(workload: Workload, hardware: Hardware) -> tuple[tuple[Device, .
             if chosen not in sets:
                 sets.append(chosen)
     return tuple(sets)
+
+
+def staged(devices: Sequence[Device], workload: Workload) -> tuple[Device, ...]:
+    """The device of each of `workload.stages` stages; devices that hold several count as several smaller ones."""
+    stages = workload.stages or len(devices)
+    if not 2 <= stages <= workload.num_layers:
+        raise ConfigError(
+            f"{stages} stages cannot be made of {workload.num_layers} layers.",
+            f"Give stages from 2 to {workload.num_layers}.",
+        )
+    used = devices[:stages]
+    result: list[Device] = []
+    for position, device in enumerate(used):
+        count = stages // len(used) + (position < stages % len(used))
+        part = replace(
+            device,
+            capacity_bytes=device.capacity_bytes // count,
+            free_bytes=device.free_bytes // count,
+            matmul_flops_per_second=device.matmul_flops_per_second / count,
+        )
+        result += [part] * count
+    return tuple(result)
 
 
 def unequal_speed(devices: Sequence[Device]) -> bool:

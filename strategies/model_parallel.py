@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from strategies.base import Estimator
 from strategies.batching import batching
 from strategies.candidate import Candidate, checkpointing_choices, choose, left_out_reasons, noun, to_plan
-from strategies.contracts import Arrangement, Device, Hardware, Plan, Verdict, Workload
-from strategies.devices import device_sets, unequal_speed
+from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Plan, Verdict, Workload
+from strategies.devices import device_sets, staged, unequal_speed
 from strategies.fit import gib, usable_bytes
 from strategies.placement import Stage, StageCosts, best_order, fullest, place_by_memory, place_by_time, slowest
 
 if TYPE_CHECKING:
     from strategies.base import Session
 
-LANES_AVAILABLE = False
+LANES_AVAILABLE = True
 """Whether the lane engine can carry out plans with several micro-batches in flight."""
 
 
@@ -46,15 +46,15 @@ class ModelParallel:
             if candidates and not _worth_dropping(candidates, hardware):
                 break
             for checkpointing in checkpointing_choices(workload, devices[0]):
-                for lanes in self._lane_choices(workload, devices):
-                    if lanes > 1 and checkpointing == "unsloth":
-                        continue  # its offload buffers are process-global: one thread only
+                for lanes in self._lane_choices(workload, devices, checkpointing):
                     for micro_batch, steps in batch.candidates:
                         arrangement = Arrangement(1, micro_batch, steps, checkpointing, min(lanes, steps), len(devices))
                         candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
                         candidates.append(candidate)
                         if not candidate.fits:
                             break  # larger micro-batches need more
+        if workload.force_lanes:
+            candidates = [c for c in candidates if c.arrangement.lanes > 1] or candidates
         chosen = choose(candidates, may_leave_out_slow=True)
         reasons = (*_reasons(chosen), *left_out_reasons(chosen, candidates, hardware.devices))
         return to_plan(self.name, workload, chosen, device_map(workload, chosen.stages), reasons)
@@ -65,10 +65,17 @@ class ModelParallel:
 
         return open_split(plan)
 
-    def _lane_choices(self, workload: Workload, devices: Sequence[Device]) -> tuple[int, ...]:
-        # Virtual devices of one CPU share its cores, so nothing would overlap.
-        overlap = self.lanes_available and workload.pipeline and devices[0].kind == "cuda" and len(devices) > 1
-        return (1, len(devices)) if overlap else (1,)
+    def _lane_choices(
+        self, workload: Workload, devices: Sequence[Device], checkpointing: Checkpointing
+    ) -> tuple[int, ...]:
+        # Offloaded checkpoints keep buffers that are the whole process's: one thread only.
+        if not self.lanes_available or not workload.pipeline or len(devices) == 1 or checkpointing == "unsloth":
+            return (1,)
+        # As many as stages: a lane that waits for its turn would only hold memory.
+        lanes = workload.lanes or len(devices)
+        # Virtual devices of one CPU share its cores, and stages of one GPU the GPU: nothing would overlap.
+        overlap = devices[0].kind == "cuda" and len({device.index for device in devices}) > 1
+        return (lanes,) if workload.force_lanes else (1, lanes) if overlap else (1,)
 
 
 def device_map(workload: Workload, stages: Sequence[Stage]) -> dict[str, int | str]:
@@ -114,6 +121,8 @@ def _worth_dropping(candidates: Sequence[Candidate], hardware: Hardware) -> bool
 
 
 def _sets(workload: Workload, hardware: Hardware) -> list[tuple[Device, ...]]:
+    if workload.stages is not None:
+        return [staged(hardware.devices, workload)]
     # Every stage holds a layer at least.
     return [s for s in device_sets(workload, hardware) if len(s) <= workload.num_layers]
 
@@ -141,13 +150,18 @@ def _reasons(chosen: Candidate) -> tuple[str, ...]:
         f"({full.device.name}), needs {gib(full.memory.peak_bytes)} and has {gib(full.device.free_bytes)} free, "
         f"{gib(usable_bytes(full.device))} of it usable"
     )
-    if chosen.arrangement.lanes == 1:
+    m, lanes = chosen.arrangement.gradient_accumulation_steps, chosen.arrangement.lanes
+    if lanes == 1:
         return (what,)
-    m = chosen.arrangement.gradient_accumulation_steps
     naive = m * sum(stage.device_seconds for stage in stages)
     bound = len(stages) * m / (m + len(stages) - 1)
+    shares = ", ".join(
+        f"{m * stage.device_seconds / chosen.step_seconds:.0%} of device {stage.device.index}" for stage in stages
+    )
     return (
         what,
-        f"{chosen.arrangement.lanes} lanes keep the cards busy: {naive / chosen.step_seconds:.2f}x of one micro-batch "
+        f"{lanes} lanes keep the {kind}s busy: {naive / chosen.step_seconds:.2f}x of one micro-batch "
         f"at a time is predicted; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
+        f"busy share expected: {shares}; {m}/{m + len(stages) - 1} = {m / (m + len(stages) - 1):.0%} would be each "
+        f"stage's if all took as long",
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,8 +27,11 @@ from strategies.randomness import get_states, set_states
 from strategies.stages import Stages
 from strategies.visit import Clock, Course, Segment, Visit
 
+_log = logging.getLogger(__name__)
+
 Forward = Callable[[int, Any], Tensor]
 Backward = Callable[[Tensor], None]
+Streams = Mapping[torch.device, torch.cuda.Stream]
 
 
 class Lanes:
@@ -60,17 +64,16 @@ class Lanes:
         self._posted = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
-        if _gpus(stages.devices):
-            # A weight's gradient is summed on the stream of the lane that met the weight first; torch orders this with
-            # the stream of the lane whose turn it is, and from 2.13 on it warns each time.
-            quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
-            if quiet is not None:
-                quiet(False)
 
     @property
     def reason(self) -> str | None:
         """Why micro-batches run one after the other; None while nothing forbids lanes."""
         return next((finding.reason for finding in self._findings.values() if finding.reason), None)
+
+    @property
+    def labels_device(self) -> torch.device:
+        """Where the head computes the loss."""
+        return self._stages.head_device
 
     def timeline(self) -> list[Segment]:
         """The schedule of the last run, by start. Empty if that run was not in lanes. Waits for the devices."""
@@ -118,7 +121,7 @@ class Lanes:
             board=Board(tokens, len(micro_batches)),
             clock=Clock(devices, self._align_clocks),
             devices=devices,
-            tokens=tokens,
+            streams={gpu: torch.cuda.current_stream(gpu) for gpu in _gpus(devices)},
             seeds=tuple(_seeded(device, random) for device in devices),
             key=(self._seed, self._runs if key is None else key),
         )
@@ -160,6 +163,8 @@ class Lanes:
         self._take_checkpoints(keep_random=True)
         if training not in self._findings:
             self._findings[training] = probe(self._stages, forward)
+            if (reason := self._findings[training].reason) is not None:
+                _log.warning("lanes: micro-batches run one after the other, since %s", reason)
         if not self._findings[training].random_devices:
             self._take_checkpoints(keep_random=False)
         return self._findings[training]
@@ -193,7 +198,7 @@ class Lanes:
 
     def _start_threads(self) -> None:
         while len(self._threads) < self._num_lanes:
-            streams = [torch.cuda.Stream(gpu) for gpu in _gpus(self._stages.devices)]  # type: ignore[no-untyped-call]
+            streams = {gpu: torch.cuda.Stream(gpu) for gpu in _gpus(self._stages.devices)}  # type: ignore[no-untyped-call]
             name = f"lane-{len(self._threads)}"
             self._threads.append(threading.Thread(target=self._lane, args=(streams,), name=name, daemon=True))
         for thread in self._threads:
@@ -208,7 +213,7 @@ class Lanes:
                 self._posted += 1
             self._wake.notify_all()
 
-    def _lane(self, streams: Sequence[torch.cuda.Stream]) -> None:
+    def _lane(self, streams: Streams) -> None:
         """A lane's thread: one job after the other, holding on to none."""
         done = 0
         while True:
@@ -249,7 +254,7 @@ class _Job:
         self._working = num_lanes
         self._ended = threading.Condition()
         self._gpus = _gpus(stages.devices)
-        self._begin = [torch.cuda.current_stream(gpu).record_event() for gpu in self._gpus]
+        self._begin = {gpu: torch.cuda.current_stream(gpu).record_event() for gpu in self._gpus}
         self._ends: list[torch.cuda.Event] = []
 
     def wait(self) -> None:
@@ -259,7 +264,7 @@ class _Job:
                 # A signal that another thread happened to receive only reaches this one when it wakes up.
                 self._ended.wait(timeout=0.1)
 
-    def work(self, streams: Sequence[torch.cuda.Stream]) -> None:
+    def work(self, streams: Streams) -> None:
         """A lane's part: micro-batches as long as there are any. Raises nothing; errors go to the board."""
         try:
             self._ambient.variables.copy().run(self._work, streams)
@@ -278,23 +283,24 @@ class _Job:
             for gpu in self._gpus:
                 torch.cuda.current_stream(gpu).wait_event(event)
 
-    def _work(self, streams: Sequence[torch.cuda.Stream]) -> None:
-        for stream, event in zip(streams, self._begin, strict=True):
+    def _work(self, streams: Streams) -> None:
+        for gpu, stream in streams.items():
             torch.cuda.set_stream(stream)
-            stream.wait_event(event)
+            stream.wait_event(self._begin[gpu])
         try:
             with entered(self._ambient):
                 while (index := self.course.board.take()) is not None:
-                    self._micro_batch(index)
+                    self._micro_batch(index, streams)
         finally:
-            self._ends.extend(stream.record_event() for stream in streams)
+            self._ends.extend(stream.record_event() for stream in streams.values())
 
-    def _micro_batch(self, index: int) -> None:
+    def _micro_batch(self, index: int, streams: Streams) -> None:
         """One micro-batch: forward through all stages, the last stage's backward, and back over the cuts."""
-        visit = Visit(self.course, index)
-        cuts = Cuts(self._stages, lambda stage: visit.go(stage, backward=False))
+        visit = Visit(self.course, index, streams)
+        cuts = Cuts(self._stages, visit)
         try:
             visit.go(0, backward=False)
+            visit.arrive()
             with self._stages.carried_by(cuts):
                 loss = self._forward(index, self._micro_batches[index])
             self.losses[index] = loss.detach()
@@ -302,7 +308,7 @@ class _Job:
                 if loss.requires_grad:
                     self._backward(loss)
                 del loss
-                cuts.backward(lambda stage: visit.go(stage, backward=True))
+                cuts.backward()
             visit.leave()
         except BaseException:
             self.course.board.drop(index)
@@ -321,10 +327,14 @@ def _one_by_one(micro_batches: Sequence[Any], forward: Forward, backward: Backwa
 
 
 def _tokens(devices: Sequence[torch.device], random: frozenset[torch.device]) -> tuple[int, ...]:
-    """The token of each stage: its own, unless stages draw random numbers from one generator."""
+    """The token of each stage: its own on the CPU, unless stages draw random numbers from one generator.
+
+    A GPU has one token, as it has one stream of work: Unsloth unpacks 4-bit weights into a buffer that all layers of a
+    device share, which is right as long as one lane at a time issues work there.
+    """
     if torch.device("cpu") in random:
         return (0,) * len(devices)
-    return tuple(devices.index(device) if device in random else stage for stage, device in enumerate(devices))
+    return tuple(devices.index(device) if device.type == "cuda" else stage for stage, device in enumerate(devices))
 
 
 def _seeded(device: torch.device, random: frozenset[torch.device]) -> tuple[torch.device, ...]:

@@ -35,7 +35,7 @@ def probe(stages: Stages, forward: Callable[[], Tensor]) -> Finding:
     reach over a cut: their gradients would be lost or mixed up. Random generators are left as they were.
     """
     states = get_states(stages.devices)
-    cuts = Cuts(stages, hand_over=_check_hooks(_saved_tensor_hooks()))
+    cuts = Cuts(stages, _HookCheck(_saved_tensor_hooks()))
     counts = [(count.forward, count.backward) for count in stages.crossings]
     try:
         with torch.enable_grad(), stages.carried_by(cuts):
@@ -57,14 +57,20 @@ def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _check_hooks(outside: Any) -> Callable[[int], None]:
-    def check(stage: int) -> None:
-        if _saved_tensor_hooks() != outside:
+class _HookCheck:
+    """A passage that looks whether saved-tensor hooks, as checkpoints have them, reach over a boundary."""
+
+    def __init__(self, outside: Any) -> None:
+        self._outside = outside
+
+    def go(self, stage: int, backward: bool) -> None:
+        if _saved_tensor_hooks() != self._outside:
             raise CannotCutError(
                 f"stage {stage} begins under saved-tensor hooks: a checkpoint that spans several layers, or offloading"
             )
 
-    return check
+    def arrive(self) -> None:
+        """Nothing is timed."""
 
 
 def _foreign_gradient(stages: Stages, cuts: Cuts, loss: Tensor) -> str | None:

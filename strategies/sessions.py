@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from strategies.contracts import Plan
+from strategies.visit import busy_shares
+
+if TYPE_CHECKING:
+    from strategies.pipeline import Lanes
+    from strategies.stages import Stages
 
 
 class ReplicaSession:
@@ -28,6 +33,10 @@ class ReplicaSession:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if self._cuda else torch.device("cpu")
+
+    @property
+    def schedule(self) -> None:
+        return None
 
     def device_map(self) -> dict[str, int | str]:
         return {"": self.local_rank if self._cuda else "cpu"}
@@ -58,6 +67,9 @@ class ReplicaSession:
         # A sum of CPU tensors goes through gloo and leaves the GPUs alone.
         self.sum([0.0])
 
+    def report(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         """Nothing: tearing a process group down can abort or wait for ever; the process's end releases it."""
 
@@ -72,13 +84,13 @@ class SplitSession:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._cuda = plan.devices[0].kind == "cuda"
-        self._stages: Any = None
+        self._stages: Stages | None = None
+        self._lanes: Lanes | None = None
         if self._cuda:
             torch.cuda.set_device(0)
 
     def _stage_devices(self) -> list[torch.device]:
-        count = len(self._plan.devices)
-        return [torch.device("cuda", index) if self._cuda else torch.device("cpu") for index in range(count)]
+        return [torch.device("cuda", at) if self._cuda else torch.device("cpu") for at in self._plan.ordinals]
 
     @property
     def device(self) -> torch.device:
@@ -88,14 +100,21 @@ class SplitSession:
         if not self._cuda:
             return {"": "cpu"}
         # Only the plan's devices are visible to this process, in the plan's order.
-        position = {device.index: place for place, device in enumerate(self._plan.devices)}
-        return {name: position[int(index)] for name, index in self._plan.device_map.items()}
+        return {name: self._plan.visible.index(int(index)) for name, index in self._plan.device_map.items()}
 
     def place(self, model: Any) -> None:
+        from strategies.pipeline import Lanes
         from strategies.stages import split
 
         cuts = [device.layers[0] for device in self._plan.devices]
         self._stages = split(model, cuts, self._stage_devices())
+        if self._plan.lanes > 1:
+            # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
+            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True)
+
+    @property
+    def schedule(self) -> Lanes | None:
+        return self._lanes
 
     def training_arguments(self) -> dict[str, Any]:
         return {"use_cpu": not self._cuda}
@@ -112,8 +131,23 @@ class SplitSession:
     def barrier(self) -> None:
         """One process never waits for another."""
 
+    def report(self) -> dict[str, Any]:
+        if self._stages is None:
+            return {}
+        found: dict[str, Any] = {
+            "lanes": self._plan.lanes,
+            "lanes_reason": self._lanes.reason if self._lanes else None,
+            "crossings": [vars(crossings).copy() for crossings in self._stages.crossings],
+        }
+        if self._lanes and (timeline := self._lanes.timeline()):
+            shares = busy_shares(timeline, len(self._stages))
+            found["stages"] = [{"busy_share": share} for share in shares]
+            found["timeline"] = [vars(segment).copy() for segment in timeline]
+        return found
+
     def close(self) -> None:
-        self._stages = None
+        if self._lanes is not None:
+            self._lanes.close()
 
 
 def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:

@@ -296,7 +296,9 @@ def _with_index(device: torch.device) -> torch.device:
 
 
 def _remove_accelerate_hooks(model: nn.Module) -> None:
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        from accelerate.hooks import remove_hook_from_module
+    for module in model.modules():
+        # Not hasattr: PEFT's wrapper answers for the model inside it, and deleting the hook from the wrapper fails.
+        if "_hf_hook" in module.__dict__:
+            from accelerate.hooks import remove_hook_from_module
 
-        remove_hook_from_module(model, recurse=True)
+            remove_hook_from_module(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,15 @@ class Segment:
     direction: str
     start: float
     end: float
+
+
+def busy_shares(segments: Sequence[Segment], num_stages: int) -> list[float]:
+    """For each stage, the share of the whole schedule's time that it worked."""
+    whole = max(segment.end for segment in segments) - min(segment.start for segment in segments)
+    busy = [0.0] * num_stages
+    for segment in segments:
+        busy[segment.stage] += segment.end - segment.start
+    return [seconds / whole if whole > 0 else 0.0 for seconds in busy]
 
 
 class Clock:
@@ -67,20 +76,18 @@ class Course:
 
     Attributes:
         devices: of the stages.
-        tokens: the token of each stage.
+        streams: where each GPU's segments work, all lanes' alike.
         seeds: devices whose generator each forward segment seeds, by stage; empty for a model without dropout.
         key: tells this run's random numbers from other runs'.
-        last_use: for each token, the event that ends its last holder's work on the GPU.
         marks: (stage, micro-batch, direction, start, end) in the clock's marks.
     """
 
     board: Board
     clock: Clock
     devices: tuple[torch.device, ...]
-    tokens: tuple[int, ...]
+    streams: Mapping[torch.device, torch.cuda.Stream]
     seeds: tuple[tuple[torch.device, ...], ...]
     key: tuple[int, ...]
-    last_use: dict[int, torch.cuda.Event] = field(default_factory=dict)
     marks: list[tuple[int, int, str, float | torch.cuda.Event, float | torch.cuda.Event]] = field(default_factory=list)
 
     def segments(self) -> list[Segment]:
@@ -93,11 +100,20 @@ class Course:
 
 
 class Visit:
-    """One micro-batch in one lane; holds at most one token at a time."""
+    """One micro-batch in one lane; holds at most one token at a time.
 
-    def __init__(self, course: Course, micro_batch: int) -> None:
+    On the GPU whose token it holds the lane works on the stream that all lanes share there, so that their work keeps
+    the order in which they held the token. On any other GPU its stream is one of its own, which has waited for what
+    the lane did there: copies to the next GPU leave on it, without holding up whoever has the token now.
+
+    Args:
+        aside: the lane's own stream of each GPU.
+    """
+
+    def __init__(self, course: Course, micro_batch: int, aside: Mapping[torch.device, torch.cuda.Stream]) -> None:
         self._course = course
         self._micro_batch = micro_batch
+        self._aside = aside
         self._stage = -1
         self._backward = False
         self._start: float | torch.cuda.Event = 0.0
@@ -113,13 +129,15 @@ class Visit:
         course.board.acquire(stage, self._micro_batch, backward)
         self._stage, self._backward = stage, backward
         if device.type == "cuda":
+            torch.cuda.set_stream(course.streams[device])
             torch.cuda.set_device(device)  # hand-written kernels launch on the current device
-            if (event := course.last_use.get(course.tokens[stage])) is not None:
-                torch.cuda.current_stream(device).wait_event(event)
-        self._start = course.clock.mark(device)
         if not backward:
             for seeded in course.seeds[stage]:
                 generator_of(seeded).manual_seed(seed_of(*course.key, self._micro_batch, stage))
+
+    def arrive(self) -> None:
+        """The segment's inputs are on its device: its time begins."""
+        self._start = self._course.clock.mark(self._course.devices[self._stage])
 
     def leave(self) -> None:
         """Give the token back, if one is held, after the work issued on the device so far."""
@@ -129,7 +147,8 @@ class Visit:
         device = course.devices[stage]
         end = course.clock.mark(device)
         if isinstance(end, torch.cuda.Event):
-            course.last_use[course.tokens[stage]] = end
+            self._aside[device].wait_event(end)
+            torch.cuda.set_stream(self._aside[device])
         last = stage == len(course.devices) - 1
         direction = "forward+backward" if last else "backward" if self._backward else "forward"
         course.marks.append((stage, self._micro_batch, direction, self._start, end))

@@ -242,12 +242,15 @@ def test_a_deep_copy_of_a_split_model_is_split_and_right(lora: bool) -> None:
     assert_same(expected, train_step(model, micro_batches()))
 
 
-def test_accelerate_hooks_are_removed() -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_accelerate_hooks_are_removed(lora: bool) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    model = tiny_model()
+    model = tiny_model(lora=lora)
     expected = train_step(model, micro_batches())
-    add_hook_to_module(model, AlignDevicesHook("cpu", io_same_device=True))
+    # accelerate hooks the base model while it loads, and PEFT's wrapper answers for its attributes.
+    base = model.get_base_model() if lora else model
+    add_hook_to_module(base, AlignDevicesHook("cpu", io_same_device=True))
     split(model, CUTS[2], [CPU] * 2)
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     assert_same(expected, train_step(model, micro_batches()))

@@ -1,18 +1,20 @@
-"""The closed form: memory and time of a part of a model, in microseconds and without torch."""
+"""The closed form: memory and time of a part of a model, in milliseconds and without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parallel_tune.memory import speed
-from parallel_tune.memory.activations import layer_activations
 from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.fused_loss import fused_loss_bytes
+from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
-from parallel_tune.memory.states import state_bytes
+from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
 
-FUSED_CHUNK_LOGITS_BYTES = 1 << 30
-"""Float32 logits that a fused cross-entropy holds at once, at most."""
+INDEX_BYTES = 8
+"""An int64: token ids, labels, positions."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class ClosedFormEstimator:
     constants: MachineConstants | None = None
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
-        """Bytes at the peak on the device that holds `part`: the largest of the three phases."""
-        phases = self.phases(part, arrangement)
-        peak = max(phases, key=lambda phase: phase.allocated_bytes)
+        """Bytes at the peak on the device that holds `part`: the largest of the phases."""
+        peak = max(self.phases(part, arrangement), key=lambda phase: phase.allocated_bytes)
         constants = self.constants or (CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS)
+        peak = replace(peak, buffers_bytes=peak.buffers_bytes + constants.workspace_bytes)
         context = constants.context_bytes + (constants.nccl_bytes if arrangement.processes > 1 else 0)
         scratch = constants.nf4_scratch_bytes if self.settings.load_in_4bit else 0
         return replace(
@@ -41,48 +43,8 @@ class ClosedFormEstimator:
         )
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
-        """Live tensors at cross-entropy, at a layer's backward and at the optimizer step."""
-        facts, settings = self.facts, self.settings
-        tokens = arrangement.micro_batch * settings.sequence_length
-        states = state_bytes(facts, settings, part)
-        layers = [
-            layer_activations(facts, settings, layer, tokens, arrangement.gradient_checkpointing)
-            for layer in range(part.first_layer, part.last_layer + 1)
-        ]
-        stored = sum(layer.stored_bytes for layer in layers) * arrangement.lanes
-        logits = 12 * facts.vocab_size * tokens if part.head else 0
-        if settings.cross_entropy == "fused":
-            logits = min(logits, 3 * FUSED_CHUNK_LOGITS_BYTES)
-        accumulating = arrangement.gradient_accumulation_steps > 1 or arrangement.lanes > 1
-        common = {
-            "weights_bytes": states.weights_bytes,
-            "adapters_bytes": states.adapters_bytes,
-            "optimizer_bytes": states.optimizer_bytes,
-        }
-        return (
-            MemoryEstimate(
-                **common,
-                gradients_bytes=states.gradients_bytes if accumulating else 0,
-                activations_bytes=stored,
-                cross_entropy_bytes=logits,
-                phase="cross_entropy",
-            ),
-            MemoryEstimate(
-                **common,
-                gradients_bytes=states.gradients_bytes,
-                activations_bytes=stored + max((layer.backward_bytes for layer in layers), default=0),
-                cross_entropy_bytes=0,
-                phase="backward",
-            ),
-            MemoryEstimate(
-                **common,
-                gradients_bytes=states.gradients_bytes,
-                activations_bytes=0,
-                cross_entropy_bytes=0,
-                buffers_bytes=states.optimizer_temporaries_bytes,
-                phase="optimizer",
-            ),
-        )
+        """Live tensors at every moment that can be the peak: the loss, each layer's backward, the optimizer step."""
+        return tuple(_Moments(self.facts, self.settings, part, arrangement).all())
 
     def micro_batch_seconds(self, part: Part, arrangement: Arrangement, device: Device) -> float:
         """Device seconds of one micro-batch, forward and backward, through `part`."""
@@ -91,3 +53,148 @@ class ClosedFormEstimator:
     def host_seconds(self, part: Part, arrangement: Arrangement) -> float:
         """Host seconds that issuing one micro-batch through `part` takes, device aside."""
         return speed.host_seconds(self.settings, part, arrangement)
+
+
+class _Moments:
+    """The moments of one optimizer step on one device."""
+
+    def __init__(self, facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement) -> None:
+        self.facts, self.settings, self.part, self.arrangement = facts, settings, part, arrangement
+        self.states: StateBytes = state_bytes(facts, settings, part)
+        self.hidden_bytes = arrangement.micro_batch * settings.sequence_length * facts.hidden_size
+        self.hidden_bytes *= settings.compute_bytes
+        # An earlier micro-batch, or another lane, has left its gradients; DDP's buckets hold them all the time.
+        self.gradients_exist = (
+            arrangement.gradient_accumulation_steps > 1 or arrangement.lanes > 1 or arrangement.processes > 1
+        )
+        self.checkpointed = arrangement.gradient_checkpointing != "none"
+        self.layers = range(part.first_layer, part.last_layer + 1)
+        self.segments = [self._segment(layer) for layer in self.layers]
+        self.stored = [self._stored(segment) for segment in self.segments]
+        self.constant = self._constant_bytes()
+        # Every other lane waits somewhere with all that its micro-batch has stored.
+        self.other_lanes = (arrangement.lanes - 1) * (sum(self.stored) + self.constant)
+
+    def all(self) -> Iterator[MemoryEstimate]:
+        if self.part.head:
+            yield self._loss()
+        yield self._forward()
+        yield from self._layers()
+        if self.part.embedding and self.settings.method == "full":
+            yield self._embedding()
+        yield self._estimate(
+            "optimizer", self.states.gradients_bytes, 0, buffers=self.states.optimizer_temporaries_bytes
+        )
+
+    def _loss(self) -> MemoryEstimate:
+        head = head_segment(self.facts, self.settings, self.arrangement.micro_batch, self.gradients_exist)
+        own = head.backward_weight_gradient_bytes
+        peak = max(head.backward_bytes - own, head.forward_bytes)
+        if self.settings.cross_entropy == "fused":
+            peak = min(peak, fused_loss_bytes(self.facts, self.settings, self.arrangement.micro_batch))
+        return self._estimate(
+            "cross_entropy",
+            self.states.gradients_bytes if self.gradients_exist else own,
+            sum(self.stored) + self.constant + self.other_lanes,
+            cross_entropy=peak,
+        )
+
+    def _layers(self) -> Iterator[MemoryEstimate]:
+        """Backward reaches a layer when those above have left their gradients and those below still wait."""
+        tables = table_bytes(self.facts, self.settings, self.part)
+        waiting = tables.head_gradient_bytes if self.gradients_exist and tables.shared else 0
+        per_layer = (self.states.gradients_bytes - tables.gradient_bytes) // len(self.segments)
+        above, below = tables.head_gradient_bytes, sum(self.stored)
+        # A stage holds its output while it plays backwards, and the gradient that came for it; the topmost layer's own
+        # bytes count that gradient already.
+        ends = 0 if self.part.head else self.hidden_bytes
+        for segment, stored in zip(reversed(self.segments), reversed(self.stored), strict=True):
+            below -= stored
+            if self.checkpointed:
+                running, own = segment.checkpointed_bytes, segment.checkpointed_weight_gradient_bytes
+            else:
+                running, own = segment.backward_bytes, segment.backward_weight_gradient_bytes
+            gradients = self.states.gradients_bytes if self.gradients_exist else above + own
+            activations = below + running - own + ends + self.constant + self.other_lanes
+            yield self._estimate("backward", gradients, activations, buffers=waiting)
+            above += per_layer
+            ends = 0 if self.part.head else 2 * self.hidden_bytes
+
+    def _forward(self) -> MemoryEstimate:
+        """The topmost layer's forward pass: without a loss above it, that can be the peak."""
+        below = sum(self.stored) - self.stored[-1]
+        embedded = self.hidden_bytes if self.part.embedding and not self.checkpointed else 0
+        gradients = self.states.gradients_bytes if self.gradients_exist else 0
+        running = self.stored[-1] if self.checkpointed else self.segments[-1].forward_bytes
+        mask = 0 if self.checkpointed else self._mask_bytes()
+        activations = below + running + embedded + mask + self.constant + self.other_lanes
+        return self._estimate("backward", gradients, activations)
+
+    def _embedding(self) -> MemoryEstimate:
+        """The embedding's gradient is dense, and a tied one is added to the head's before it is added to anything."""
+        tables = table_bytes(self.facts, self.settings, self.part)
+        extra = tables.embedding_gradient_bytes
+        if tables.shared:
+            extra *= 3 if self.gradients_exist else 2
+        elif not self.gradients_exist:
+            extra = 0
+        return self._estimate("backward", self.states.gradients_bytes, self.constant + self.hidden_bytes, buffers=extra)
+
+    def _estimate(
+        self, phase: str, gradients: int, activations: int, cross_entropy: int = 0, buffers: int = 0
+    ) -> MemoryEstimate:
+        return MemoryEstimate(
+            weights_bytes=self.states.weights_bytes,
+            adapters_bytes=self.states.adapters_bytes,
+            gradients_bytes=gradients,
+            optimizer_bytes=self.states.optimizer_bytes,
+            activations_bytes=activations,
+            cross_entropy_bytes=cross_entropy,
+            buffers_bytes=buffers,
+            phase=phase,
+        )
+
+    def _segment(self, layer: int) -> Segment:
+        first = layer == 0 and self.part.embedding and self.settings.method == "lora" and not self.checkpointed
+        return layer_segment(
+            self.facts,
+            self.settings,
+            _representative(self.facts, layer),
+            self.arrangement.micro_batch,
+            not first,
+            self.gradients_exist,
+        )
+
+    def _stored(self, segment: Segment) -> int:
+        if not self.checkpointed:
+            return segment.stored_bytes
+        return self.hidden_bytes if self.arrangement.gradient_checkpointing == "full" else 0
+
+    def _constant_bytes(self) -> int:
+        """Tensors of a micro-batch that no layer owns: ids, positions, rotary tables, masks, a stage's input."""
+        facts, settings, part = self.facts, self.settings, self.part
+        tokens = self.arrangement.micro_batch * settings.sequence_length
+        indices = INDEX_BYTES * (settings.sequence_length + tokens * (part.embedding + 2 * part.head))
+        kinds = 2 if facts.model_type.startswith("gemma3") else 1
+        rotary = kinds * 2 * settings.sequence_length * facts.head_dim * settings.compute_bytes
+        incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
+        # Recomputation needs the mask again; without it only the layers' biases made of it remain.
+        return indices + rotary + incoming + (self._mask_bytes() if self.checkpointed else 0)
+
+    def _mask_bytes(self) -> int:
+        """One boolean square of each row's tokens, where any layer is masked."""
+        length = self.settings.sequence_length
+        windowed = any(layer in self.facts.windowed_layers for layer in self.layers) and (
+            length >= self.facts.sliding_window
+        )
+        masked = windowed or self.settings.masked(self.arrangement.micro_batch)
+        return self.arrangement.micro_batch * length * length if masked else 0
+
+
+def _representative(facts: ModelFacts, layer: int) -> int:
+    """The first layer of this one's kind, so that each kind is played once."""
+    kind = (layer in facts.windowed_layers, facts.is_mixture(layer))
+    for other in range(layer):
+        if (other in facts.windowed_layers, facts.is_mixture(other)) == kind:
+            return other
+    return layer

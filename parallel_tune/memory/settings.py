@@ -25,7 +25,9 @@ class TrainingSettings:
         optimizer: transformers' name of the optimizer.
         cross_entropy: "plain" makes all logits at once; "fused" never holds more than a chunk of them.
         sequence_length: tokens of a full row.
-        packed: rows are joined without padding, and no attention mask is given.
+        packed: rows are joined without padding into one.
+        attention_mask: whether attention gets an explicit mask, a square of the tokens; None for what the batches need:
+            rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
         lora_dtype: dtype of the adapters.
     """
 
@@ -41,6 +43,7 @@ class TrainingSettings:
     engine: Literal["unsloth", "transformers"] = "transformers"
     sequence_length: int = 2048
     packed: bool = False
+    attention_mask: bool | None = None
     lora_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -72,6 +75,12 @@ class TrainingSettings:
         """Bytes of one adapter weight."""
         return DTYPE_BYTES[self.lora_dtype]
 
+    def masked(self, micro_batch: int) -> bool:
+        """Whether attention over a micro-batch of this many rows gets an explicit mask."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return self.engine == "transformers" and (self.packed or micro_batch > 1)
+
     @property
     def autocast(self) -> bool:
         """Whether the Trainer runs the forward pass under autocast: it does whenever it computes in 16 bits."""
@@ -87,16 +96,21 @@ class MachineConstants:
         nccl_bytes: what a process group adds after its first all-reduce.
         reserve_fraction: what the caching allocator holds beyond live tensors at the peak, as a share of them.
         nf4_scratch_bytes: what bitsandbytes holds beside the tensors that the formulas count.
+        workspace_bytes: cuBLAS workspaces, which the tensor allocator does see.
     """
 
     context_bytes: int
     nccl_bytes: int
     reserve_fraction: float
     nf4_scratch_bytes: int = 0
+    workspace_bytes: int = 0
 
 
-CUDA_DEFAULTS = MachineConstants(context_bytes=630 * MIB, nccl_bytes=350 * MIB, reserve_fraction=0.03)
-"""Unmeasured cards. Context: what a stray process shows on an H100 (FACTS, Unsloth). NCCL and reserve are guesses on
+CUDA_DEFAULTS = MachineConstants(
+    context_bytes=630 * MIB, nccl_bytes=350 * MIB, reserve_fraction=0.03, workspace_bytes=64 * MIB
+)
+"""Unmeasured cards. Workspaces: measured on an H200 with torch 2.11, 32 MiB each for the threads of forward and
+backward. Context: what a stray process shows on an H100 (FACTS, Unsloth). NCCL and reserve are guesses on
 the safe side until `bench` has measured the machine."""
 
 CPU_DEFAULTS = MachineConstants(context_bytes=500 * MIB, nccl_bytes=0, reserve_fraction=0.0)

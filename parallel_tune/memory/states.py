@@ -107,7 +107,9 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
         vectors = [facts.hidden_size] * facts.norms_per_layer + ([facts.head_dim] * 2 if facts.qk_norm else [])
         vectors += [linear.bias_parameters for linear in layer_linears(facts, layer)]
         small += sum(size for size in vectors if size < BNB_8BIT_SMALLEST)
-    return part_parameters(facts, part).total, small
+    # Text alone gives a vision tower no gradient, and then no optimizer state.
+    outside = facts.extra_parameters if part.embedding else 0
+    return part_parameters(facts, part).total - outside, small
 
 
 def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:
@@ -127,3 +129,30 @@ def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> St
         optimizer_bytes=0 if optimizer.paged else states,
         optimizer_temporaries_bytes=optimizer.foreach_temporaries * trainable * element,
     )
+
+
+@dataclass(frozen=True)
+class TableBytes:
+    """Gradients of the embedding and the head, where they are trained.
+
+    Attributes:
+        shared: both are one weight on this device.
+    """
+
+    head_gradient_bytes: int
+    embedding_gradient_bytes: int
+    shared: bool
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What they leave behind."""
+        return (
+            self.embedding_gradient_bytes if self.shared else self.head_gradient_bytes + self.embedding_gradient_bytes
+        )
+
+
+def table_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> TableBytes:
+    """Gradients of a part's embedding and head."""
+    table = facts.vocab_size * facts.hidden_size * settings.weight_bytes if settings.method == "full" else 0
+    shared = facts.tied_embeddings and part.embedding and part.head
+    return TableBytes(table if part.head else 0, table if part.embedding else 0, shared)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from parallel_tune.config import make_config
-from parallel_tune.display import MetricsFollower
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.launch import Watcher, launch_spec
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.process import die_with_parent
+from parallel_tune.progress import MetricsFollower
 from parallel_tune.rundir import Outcome, RunDir, create, read_metrics, read_outcome, write_outcome
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -87,7 +87,7 @@ def test_an_outcome_is_read_back_and_a_torn_one_is_none(tmp_path: Path) -> None:
     assert read_outcome(run, 1) is None
 
 
-def test_the_last_row_of_a_step_counts_and_torn_rows_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_row_of_a_step_counts_and_torn_rows_do_not(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert read_metrics(run) == []
     follower = MetricsFollower(run.metrics)
@@ -95,8 +95,7 @@ def test_the_last_row_of_a_step_counts_and_torn_rows_do_not(tmp_path: Path, caps
         '{"step": 2, "eval_loss": 3}\n{"step": 1, "eval_loss": 4}\n{"st\n{"step": 2, "eval_loss": 5}\n{"s'
     )
     assert read_metrics(run) == [{"step": 1, "eval_loss": 4}, {"step": 2, "eval_loss": 5}]
-    follower.poll()
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert [row["eval_loss"] for row in follower.poll()] == [3, 4, 5]
 
 
 def test_a_recorded_run_finds_its_files_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +117,7 @@ def test_one_command_at_a_time_trains_in_a_run_directory(tmp_path: Path) -> None
     run = create(config, made)
     with (run.logs / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        watcher = Watcher(made, run, launch_spec(made, run, os.environ, 2), lambda: None)
+        watcher = Watcher(made.processes, run, launch_spec(made, run, os.environ, 2), lambda: None)
         with pytest.raises(ConfigError, match="another command is training"):
             watcher.run()
 
