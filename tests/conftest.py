@@ -17,6 +17,10 @@ from typing import Any, NoReturn
 
 import pytest
 
+# Models are tiny and several tests start several processes: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""
 
@@ -36,8 +40,6 @@ def clean_environment() -> dict[str, str]:
     return clean | {
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 

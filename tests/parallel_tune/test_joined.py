@@ -80,8 +80,9 @@ def test_where_no_replica_fits_each_child_says_what_would(tmp_path: Path, enviro
     options = ("--model=unsloth/Llama-3.3-70B-Instruct", "--hardware=2xH100-80GB", "--engine=transformers")
     (code, text), (other, _) = under_torchrun(tmp_path, environment, *options)
     assert (code, other) == (3, 3)
-    assert "a replica needs" in text
-    assert "model_parallel" in text
+    assert "ddp does not fit: device 0 (H100-80GB) needs" in text
+    assert "model_parallel would fit" in text
+    assert "without torchrun" in text
     assert not (tmp_path / "outputs").exists()
 
 
