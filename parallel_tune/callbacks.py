@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from parallel_tune.rundir import RunDir
+from parallel_tune.rundir import RunDir, read_metrics
 from parallel_tune.sampler import GlobalBatches
 from strategies.base import Session
 from strategies.errors import RunFailed
@@ -33,6 +34,13 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_step = state.global_step
+        for row in read_metrics(self._run):
+            # What was trained before a resume counts too.
+            if "loss" in row and row["step"] <= state.global_step:
+                self.tokens += row["tokens"]
+                self.samples += row["samples"]
+                self.seconds += row["seconds"]
+                self.final_loss = row["loss"]
         self._last_time = time.monotonic()
 
     def on_log(
@@ -88,8 +96,13 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._session.is_main:
-            with self._run.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with self._run.metrics.open("a+b") as file:
+                # A row that was torn when an earlier process died must not spoil this one.
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.write(b"\n")
+                file.write(json.dumps(row).encode() + b"\n")
 
 
 class StopAtSignal(TrainerCallback):  # type: ignore[misc]

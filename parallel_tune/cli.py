@@ -10,7 +10,7 @@ import click
 
 from parallel_tune import __version__
 from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, some_train_options, train_options
-from strategies.errors import ConfigError, ParallelTuneError
+from strategies.errors import ParallelTuneError
 
 DEFAULT_COMMAND = "train"
 
@@ -179,7 +179,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program and end the process with its exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        check_imports()
         program.main(args=arguments, prog_name="parallel-tune", standalone_mode=False)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
@@ -198,24 +197,3 @@ def main(arguments: list[str] | None = None) -> None:
         if error.hint:
             click.echo(error.hint, err=True)
         sys.exit(error.exit_code)
-
-
-def check_imports() -> None:
-    """Say clearly when another package named `strategies` shadows ours.
-
-    Raises:
-        ConfigError: `strategies` does not lie beside `parallel_tune`.
-    """
-    import strategies
-
-    found = Path(strategies.__file__ or "").resolve().parent
-    expected = Path(__file__).resolve().parent.parent / "strategies"
-    if found != expected and not found.samefile(expected):
-        raise ConfigError(
-            f"another package named strategies, {found}, shadows the one of parallel-tune, {expected}",
-            "Start parallel-tune from another folder, or take that one off PYTHONPATH.",
-        )
-
-
-if __name__ == "__main__":
-    main()

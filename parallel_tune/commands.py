@@ -127,8 +127,14 @@ def resume(path: Path) -> None:
     """Go on with a run from its last complete checkpoint.
 
     Raises:
-        ConfigError: the run is finished, or has no complete checkpoint.
+        ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once.
     """
+    launch = refusal.find_launch(os.environ)
+    if launch is not None and launch.world_size > 1:
+        raise ConfigError(
+            f"{launch.launcher} started {launch.world_size} processes, and `resume` starts the run's own",
+            f"Run `parallel-tune resume {path}` by itself.",
+        )
     run = rundir.RunDir(path.absolute())
     config, made = run.read()
     if run.result(config).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +178,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         # YAML 1.1 reads 2e-4 as a string, so numbers may arrive as text.
         try:
             number = float(value)
-            if wanted is float:
+            if wanted is float and math.isfinite(number):
                 return number
-            if number == int(number):
+            if wanted is int and number == int(number):
                 return int(number)
         except (TypeError, ValueError, OverflowError):
             pass

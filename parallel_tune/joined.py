@@ -46,17 +46,17 @@ def _train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
         timeout=timedelta(seconds=config.ddp_timeout),
         device_id=torch.device("cuda", launch.local_rank) if cuda else None,
     )
-    decision: list[dict[str, Any]] = [_decide(config, launch.world_size) if launch.rank == 0 else {}]
+    decision: list[dict[str, Any]] = [_decide(config, launch) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
         leave(int(decision[0]["code"]))
     _obey(rundir.RunDir(decision[0]["run"]), launch.rank)
 
 
-def _decide(config: TrainConfig, world_size: int) -> dict[str, Any]:
+def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
     """Plan for exactly the processes that are there; what went wrong travels to the others as an exit code."""
     try:
-        plan = plan_for(config, world_size)
+        plan = plan_for(config, launch.world_size, launch.launcher)
         run = rundir.create(config, plan)
     except ParallelTuneError as error:
         click.echo(f"parallel-tune: {error}", err=True)
@@ -66,7 +66,7 @@ def _decide(config: TrainConfig, world_size: int) -> dict[str, Any]:
     return {"run": run.path}
 
 
-def plan_for(config: TrainConfig, world_size: int) -> Plan:
+def plan_for(config: TrainConfig, world_size: int, launcher: str) -> Plan:
     """The ddp plan of a given number of processes.
 
     Raises:
@@ -88,7 +88,11 @@ def plan_for(config: TrainConfig, world_size: int) -> Plan:
     plan, lines = decide(config, used)
     for line in lines:
         click.echo(line)
-    planning.require_fit(plan, config.strategy)
+    try:
+        planning.require_fit(plan, config.strategy)
+    except NoStrategyFits as error:
+        way_out = f"model_parallel is one process: start it without {launcher}."
+        raise NoStrategyFits(error.message, f"{error.hint}\n{way_out}") from error
     if plan.processes != world_size:
         raise NoStrategyFits(
             f"{plan.strategy} fits {plan.processes} of the devices, and the launcher started {world_size} processes",

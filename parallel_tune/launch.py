@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from parallel_tune.outcome import process_id_file
-from parallel_tune.process import die_with_parent
+from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
 from strategies.contracts import Device, DevicePlan, Plan
-from strategies.errors import ParallelTuneError, RunFailed, Stopped
+from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
 RENDEZVOUS = "parallel_tune_loopback"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
-"""How long the other processes may take to end by themselves once one has failed."""
+"""How long the other processes may take to end by themselves once one has failed, or rank 0 has said how it ended."""
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -105,6 +108,8 @@ class Watcher:
     At the first SIGINT or SIGTERM the workers save a checkpoint and stop; at the second everything is killed.
     """
 
+    stopping = "stopping after this step, with a checkpoint; a second signal ends all at once"
+
     def __init__(self, processes: int, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
         self._processes = processes
         self._run = run
@@ -119,14 +124,25 @@ class Watcher:
         Raises:
             Stopped: a signal ended the run with a checkpoint on disk.
             RunFailed: a process failed or vanished; every other one is ended.
+            ConfigError: another command is training in this run directory.
         """
+        with self._run.logs.joinpath("lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"another command is training in {self._run.path}", "Wait for its end, or stop it first."
+                ) from error
+            self._run_alone()
+
+    def _run_alone(self) -> None:
         for rank in range(self._processes):
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
             process = subprocess.Popen(
                 self._spec.argv,
-                env=dict(self._spec.env),
+                env={**self._spec.env, WATCHER: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -150,7 +166,10 @@ class Watcher:
         self._signals += 1
 
     def _wait(self, process: subprocess.Popen[bytes]) -> list[int]:
-        """Until all have ended, or one failed and the grace is over. Returns the ranks that vanished by themselves."""
+        """Until all have ended, or the end is decided and the grace is over. Returns the ranks that vanished first.
+
+        Decided: a rank failed or vanished, or rank 0 has said how it ended; the others then have nothing left to do.
+        """
         vanished: list[int] = []
         deadline: float | None = None
         while process.poll() is None:
@@ -161,11 +180,11 @@ class Watcher:
                 return vanished
             if deadline is None:
                 vanished = self._vanished()
-                failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in self._outcomes().values())
-                if vanished or failed:
+                if vanished or self._is_decided(self._outcomes()):
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
-        return vanished or self._vanished()
+        # Without their launcher, ranks are gone or about to be.
+        return vanished or [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
 
     def _outcomes(self) -> dict[int, Outcome]:
         said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}
@@ -180,6 +199,10 @@ class Watcher:
                 continue
         return pids
 
+    def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
+        failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())
+        return failed or 0 in outcomes
+
     def _vanished(self) -> list[int]:
         """Ranks that began and are gone without a word."""
         gone = [rank for rank, pid in self._pids().items() if not _alive(pid)]
@@ -193,6 +216,7 @@ class Watcher:
             return True
         for pid in pids.values():
             _send(pid, signal.SIGTERM)
+        click.echo(self.stopping, err=True)
         return True
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
@@ -220,7 +244,8 @@ class Watcher:
             names = ", ".join(f"rank {rank}" for rank in vanished)
             raise RunFailed(
                 f"{names} ended without a word: killed from outside, or out of host memory",
-                f"See {self._run.logs}; `parallel-tune resume {self._run.path}` goes on from the last checkpoint.",
+                f"Log: {self._run.log(vanished[0])}; `parallel-tune resume {self._run.path}` goes on from the last "
+                "checkpoint, if there is one.",
             )
         self._raise_first_failure(outcomes)
         tail = _tail(self._run.logs / "launcher.log")

@@ -9,19 +9,32 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+WATCHER = "PARALLEL_TUNE_WATCHER"
+"""Environment variable: process id of the command that watches over a worker."""
+
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int | None = None) -> None:
+def die_with_parent(watcher_pid: int | None = None) -> None:
     """Ask Linux to kill this process when its parent ends, so that nothing is orphaned, whatever killed the parent.
 
     Args:
-        parent_pid: the expected parent; if it is gone already, this process ends now.
+        watcher_pid: the expected parent or grandparent; if it or what stands between is gone already, this process
+            ends now.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if parent_pid is not None and os.getppid() != parent_pid:
+        if watcher_pid is not None and watcher_pid not in (os.getppid(), _parent_of(os.getppid())):
             leave(1)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The name in parentheses may hold anything.
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 def leave(code: int) -> NoReturn:

@@ -97,6 +97,8 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
         path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
     run = RunDir(path.absolute())
+    # A resume may come from another working directory.
+    config = config.replace(model=_absolute(config.model), dataset=_absolute(config.dataset))
     if run.plan.exists() or run.config.exists():
         raise ConfigError(
             f"{path} holds a run already",
@@ -111,6 +113,12 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
             f"cannot write the run directory {path}: {error.strerror}", "Choose another --output_dir."
         ) from error
     return run
+
+
+def _absolute(name: str) -> str:
+    """A path of something that is there made absolute; any other name, a Hub id say, as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def unused(path: Path) -> Path:

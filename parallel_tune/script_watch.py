@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
 from parallel_tune.launch import Watcher
+from parallel_tune.rundir import Outcome
 from strategies.errors import RunFailed
 
 
@@ -44,6 +46,11 @@ class ScriptWatcher(Watcher):
     A rank that ended without a word may have left by `os._exit(0)`, so the launcher's exit code tells it from a
     killed one, and torchrun ends the others.
     """
+
+    stopping = "asking the script's processes to end; a second signal ends them at once"
+
+    def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
+        return len(outcomes) == self._processes or any(outcome.code != 0 for outcome in outcomes.values())
 
     def _vanished(self) -> list[int]:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,17 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.session.is_main:
+            # A torn one of this step may lie there; its mark must not vouch for a new one half written.
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        self.session.barrier()
         # Past TRL's, which would write a model card of its own.
         Trainer._save_checkpoint(self, model, trial)
         self.session.barrier()
         if self.session.is_main:
-            run = Path(self.args.output_dir)
-            mark_complete(run / f"checkpoint-{self.state.global_step}")
-            rotate(run, self._keep)
+            mark_complete(checkpoint)
+            rotate(checkpoint.parent, self._keep)
         self.session.barrier()
 
 

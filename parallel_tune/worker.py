@@ -6,6 +6,7 @@ python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,20 +15,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from parallel_tune.launch import pid_file
-from parallel_tune.process import die_with_parent, leave, redirect_output
+from parallel_tune.process import WATCHER, die_with_parent, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Train as the run directory says. Never returns."""
-    die_with_parent()
+    watcher = os.environ.get(WATCHER, "")
+    die_with_parent(int(watcher) if watcher else None)
     run = RunDir(Path(arguments[0]))
     checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
     rank = int(os.environ.get("RANK", "0"))
     redirect_output(run.log(rank))
+    signal.signal(signal.SIGTERM, _end_early)
     write_atomically(pid_file(run, rank), str(os.getpid()))
     run_to_its_end(run, rank, checkpoint)
+
+
+def _end_early(number: int, _frame: Any) -> NoReturn:
+    # A rank that goes without a word would be taken for the one that failed first.
+    raise RunFailed(f"ended by {signal.Signals(number).name} before training began")
 
 
 def run_to_its_end(

@@ -1,0 +1,335 @@
+"""What the end-to-end tests share: a tiny model, a dataset, a third party's package, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+# Models are tiny and several tests start several processes: more threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TIMEOUT_SECONDS = 240
+"""Only so that a hang ends; nothing here takes nearly that long."""
+
+SENTENCE = "alpha beta gamma delta tree house light green river stone cloud music paper window garden"
+WORDS = SENTENCE.split()
+TEMPLATE = (
+    "{% for m in messages %}<|head|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant\n{% endif %}"
+)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without launchers' variables, quiet, offline, one thread a process."""
+    prefixes = ("ACCELERATE_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PYTHON", "GROUP_", "ROLE_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
+    return clean | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+    run: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Training rows, those of repeated steps too."""
+        rows = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if "loss" in row]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.metrics]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.run / "report.json").read_text())
+        return loaded
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.run / "plan.json").read_text())
+        return loaded
+
+
+class Command:
+    """A started command."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: Path, place: Path, run: Path) -> None:
+        self.run = run
+        self._out, self._err = place / "out", place / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+
+    def wait(self) -> Ended:
+        """Until it has ended; a hang is killed and fails the test."""
+        try:
+            self.process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._fail("hung")
+        return Ended(self.process.returncode, self._out.read_text(), self._err.read_text(), self.run)
+
+    def wait_for(self, path: Path) -> None:
+        """Until a file is there."""
+        self._wait_for(path.exists, path.name)
+
+    def wait_for_word(self, text: str) -> None:
+        """Until the command has said it on stderr."""
+        self._wait_for(lambda: text in self._err.read_text(), text)
+
+    def _wait_for(self, there: Callable[[], bool], name: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not there():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self._fail(f"{name!r} never came")
+            time.sleep(0.02)
+
+    def _fail(self, what: str) -> NoReturn:
+        self.process.kill()
+        self.process.wait()
+        pytest.fail(f"{what}:\n{self._out.read_text()}\n{self._err.read_text()}\n{logs(self.run)}")
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+def logs(run: Path) -> str:
+    """The ends of a run's logs, for a failure's message."""
+    return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(run.glob("logs/*.log")))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts the command on the tiny model and dataset, each run in a directory of its own."""
+
+    folder: Path
+    base: tuple[str, ...]
+
+    def start(
+        self,
+        *options: str,
+        base: bool = True,
+        shared_output: bool = True,
+        before: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Command:
+        """Start `parallel-tune`.
+
+        Args:
+            base: add the options that all runs share.
+            shared_output: add an `--output_dir` as well.
+            before: a launcher and its options; it runs `-m parallel_tune`.
+        """
+        number = len(list(self.folder.iterdir()))
+        place = self.folder / str(number)
+        place.mkdir()
+        run = place / "run"
+        program = [*before, "-m", "parallel_tune"] if before else [str(Path(sys.executable).with_name("parallel-tune"))]
+        shared = [*(self.base if base else ()), *(("--output_dir", str(run)) if base and shared_output else ())]
+        if options[:1] == ("resume",):
+            run = Path(options[1])
+        return Command([*program, *options, *shared], clean_environment() | (env or {}), cwd or place, place, run)
+
+    def ended(self, *options: str, **how: Any) -> Ended:
+        """Run to the end, whatever it is."""
+        return self.start(*options, **how).wait()
+
+    def __call__(self, *options: str, **how: Any) -> Ended:
+        """Run to the end, which must be a good one."""
+        ended = self.ended(*options, **how)
+        assert ended.code == 0, f"{ended.out}\n{ended.err}\n{logs(ended.run)}"
+        return ended
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer that knows the dataset's words, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>", "<|head|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([f"{SENTENCE} assistant user"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|head|>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(folder: Path, tokenizer: Any, tied: bool) -> Path:
+    """A Llama of six layers, with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Head and embedding are two matrices."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", tiny_tokenizer, tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Head and embedding are one matrix."""
+    return make_model(tmp_path_factory.mktemp("models") / "tied", tiny_tokenizer, tied=True)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """59 rows in alpaca form, answers of 2 to 180 words: 6 are held out and 53 trained on."""
+    draw = random.Random(1)
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(59):
+            words = (2, 4, 9, 20, 45, 180)[number % 6]
+            row = {
+                "instruction": " ".join(draw.choices(WORDS, k=3)),
+                "input": "",
+                "output": " ".join(draw.choices(WORDS, k=words)),
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """What commands are started with."""
+    return clean_environment()
+
+
+BATCHING = ("--global_batch_size=12", "--per_device_train_batch_size=2")
+LEARNING = ("--num_train_epochs=4", "--learning_rate=2e-3", "--answers_only", "--val_size=6", "--max_seq_length=256")
+
+
+@pytest.fixture(scope="session")
+def tune(tmp_path_factory: pytest.TempPathFactory, tied_model: Path, rows_file: Path) -> Runner:
+    """The command, on 20 steps of the tied model."""
+    data = (f"--model={tied_model}", f"--dataset={rows_file}")
+    return Runner(tmp_path_factory.mktemp("runs"), (*data, *BATCHING, *LEARNING))
+
+
+@pytest.fixture(scope="session")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the third party's package; put it on PYTHONPATH."""
+    place = tmp_path_factory.mktemp("third_party")
+    source = shutil.copytree(Path(__file__).parent / "third_party", place / "source")
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+    pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(place / "installed"), str(source)]
+    subprocess.run(pip, check=True, timeout=TIMEOUT_SECONDS)
+    return place / "installed"
+
+
+@pytest.fixture
+def noting(third_party: Path, tmp_path: Path) -> dict[str, str]:
+    """Environment in which the third party's strategies are installed and leave their notes in `tmp_path`."""
+    return {"PYTHONPATH": str(third_party), "NOTES": str(tmp_path)}
+
+
+Read = Callable[[Path], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def read_notes() -> Read:
+    """Reads the notes of all ranks, in their order."""
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def ddp_run(tune: Runner) -> Ended:
+    """An uninterrupted run of ddp on two processes, with checkpoints, beside a decoy `strategies` folder."""
+    cwd = tune.folder / "decoys"
+    (cwd / "strategies").mkdir(parents=True)
+    (cwd / "strategies" / "__init__.py").write_text("raise SystemExit('the decoy was imported')")
+    return tune("--strategy=ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2", cwd=cwd)
+
+
+@pytest.fixture(scope="session")
+def split_run(tune: Runner) -> Ended:
+    """An uninterrupted run of model_parallel on two stages, with checkpoints."""
+    return tune("--strategy=model_parallel", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+
+
+@pytest.fixture(scope="session")
+def single_run(tune: Runner) -> Ended:
+    """A run of one process on one device."""
+    return tune("--strategy=ddp", "--hardware=cpu:1")
+
+
+@pytest.fixture
+def alive() -> Iterator[Callable[[Path], list[int]]]:
+    """Finds the processes whose command line names a run; those still there at the end are killed."""
+    asked: set[Path] = set()
+
+    def find(run: Path) -> list[int]:
+        asked.add(run)
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(run).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    yield find
+    for run in set(asked):
+        for pid in find(run):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,72 @@
+"""Which checkpoints are trusted, and which are deleted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parallel_tune.checkpoint import MARK, complete_checkpoints, is_complete, mark_complete, rotate
+
+
+def make(run: Path, step: int, marked: bool = True) -> Path:
+    folder = run / f"checkpoint-{step}"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"x" * 100)
+    (folder / "inner" / "state").write_bytes(b"y" * 10)
+    (folder / "training_args.bin").write_bytes(b"the Hub token in clear")
+    if marked:
+        mark_complete(folder)
+    return folder
+
+
+def test_the_mark_vouches_and_secrets_are_gone(tmp_path: Path) -> None:
+    folder = make(tmp_path, 4)
+    assert is_complete(folder)
+    assert not (folder / "training_args.bin").exists()
+    assert not is_complete(make(tmp_path, 8, marked=False))
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "inner", "mark", "empty mark", "odd mark"])
+def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
+    folder = make(tmp_path, 4)
+    match damage:
+        case "cut":
+            (folder / "weights").write_bytes(b"x" * 99)
+        case "longer":
+            (folder / "weights").write_bytes(b"x" * 101)
+        case "gone":
+            (folder / "weights").unlink()
+        case "inner":
+            (folder / "inner" / "state").unlink()
+        case "mark":
+            (folder / MARK).unlink()
+        case "empty mark":
+            (folder / MARK).write_text("")
+        case "odd mark":
+            (folder / MARK).write_text("[1]")
+    assert not is_complete(folder)
+    assert complete_checkpoints(tmp_path) == []
+
+
+def test_order_is_by_number(tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        make(tmp_path, step)
+    make(tmp_path, 200, marked=False)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_only_old_complete_ones_are_deleted(tmp_path: Path) -> None:
+    for step in (3, 20, 100):
+        make(tmp_path, step)
+    torn = make(tmp_path, 2, marked=False)
+    mine = tmp_path / "checkpoint-of-mine"
+    mine.mkdir()
+    rotate(tmp_path, None)
+    assert len(complete_checkpoints(tmp_path)) == 3
+    rotate(tmp_path, 2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    assert torn.exists()
+    assert mine.exists()
+    rotate(tmp_path, 5)
+    assert len(complete_checkpoints(tmp_path)) == 2

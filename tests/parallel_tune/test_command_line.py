@@ -1,0 +1,112 @@
+"""The command: help without torch, names with - or _, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from parallel_tune import __version__
+from parallel_tune.cli import program
+from parallel_tune.options import TOKENS
+
+LIGHT = """
+import sys
+sys.argv = ["parallel-tune", *{arguments}]
+from parallel_tune.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    heavy = sorted({{"torch", "transformers", "accelerate", "trl", "peft", "datasets"}} & set(sys.modules))
+    assert not heavy, heavy
+    sys.exit(end.code)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["--help-all"], ["--version"], ["train", "--help"], ["resume", "--help"], ["demo", "--help"],
+        ["plan", "--model", "unsloth/Llama-3.3-70B-Instruct", "--hardware", "2xH100-80GB", "--json"],
+    ],
+)  # fmt: skip
+def test_answers_come_without_torch(arguments: list[str], environment: dict[str, str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(arguments=arguments)],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(program, list(arguments), prog_name="parallel-tune")
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_help_is_short_and_help_all_is_whole() -> None:
+    short, whole = invoke("train", "--help"), invoke("train", "--help-all")
+    assert "--strategy" in short
+    assert "--lora_dropout" not in short
+    assert "--lora_dropout" in whole
+    assert len(whole.splitlines()) > len(short.splitlines())
+    assert "--strategy" in invoke("--help")
+    assert "resume" in invoke("--help")
+    assert invoke("--version").strip() == f"parallel-tune, version {__version__}"
+
+
+@pytest.mark.parametrize("name", ["--global_batch_size", "--global-batch-size"])
+def test_every_option_takes_both_spellings(name: str) -> None:
+    assert yaml.safe_load(invoke("--print_config", name, "12"))["global_batch_size"] == 12
+    assert TOKENS["token_normalize_func"]("a-b") == "a_b"  # type: ignore[operator]
+
+
+def test_the_verb_may_be_left_out_and_options_beat_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("r: 8\nlora_alpha: 2\nload_in_4bit: true\n")
+    for verb in ([], ["train"]):
+        config = yaml.safe_load(invoke(*verb, "--print-config", "--config", str(path), "--r=4", "--no-load-in-4bit"))
+        assert (config["r"], config["lora_alpha"], config["load_in_4bit"]) == (4, 2, False)
+
+
+GOOD = ["--model", "unsloth/Llama-3.2-1B-Instruct", "--hardware", "1xH100-80GB"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["plan", "--learning_rat", "1"], 2, "No such option"),
+        (["plan", "--r", "x"], 2, "not a valid integer"),
+        (["plan", "--config", "nowhere.yaml"], 2, "cannot read the recipe nowhere.yaml"),
+        (["plan", *GOOD, "--hardware", "2xNOPE"], 2, "NOPE"),
+        (["plan", *GOOD, "--strategy", "ddpp"], 2, "no strategy 'ddpp'"),
+        (["plan", *GOOD, "--strategy", "ddp", "--device_map", "balanced"], 4, "cannot be combined"),
+        (["plan", "--model", "unsloth/Llama-3.3-70B-Instruct", "--hardware", "1xT4-16GB"], 3, "parallel-tune: "),
+        (["resume", "nowhere"], 2, "nowhere is not a run directory"),
+        (["--model", "unsloth/Llama-3.2-1B-Instruct", "--hardware", "8xH100-80GB"], 2, "this machine has"),
+        (["fly"], 2, "No such command"),
+    ],
+)
+def test_exit_codes(arguments: list[str], code: int, said: str, tune: Any) -> None:
+    ended = tune.ended(*arguments, base=False)
+    assert (ended.code, said in ended.err) == (code, True), ended.err
+    assert "Traceback" not in ended.err
+    assert len(ended.err.strip().splitlines()) >= 2
+
+
+def test_debug_shows_the_traceback(tune: Any) -> None:
+    assert "Traceback" in tune.ended("resume", "nowhere", "--debug", base=False).err
+
+
+def test_a_plan_names_what_would_run(tune: Any) -> None:
+    ended = tune.ended("plan", *GOOD, "--json", base=False)
+    plan = json.loads(ended.out)
+    assert (ended.code, plan["strategy"], plan["fits"], plan["engine"]) == (0, "ddp", True, "unsloth")
+    assert plan["launch"][1:] == ["-m", "parallel_tune.worker", "RUN_DIRECTORY"]

@@ -1,0 +1,102 @@
+"""Settings from YAML and command line: names, types, ranges, who wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_tune.config import TrainConfig, make_config, read_yaml
+from strategies.errors import ConfigError
+
+
+def recipe(tmp_path: Path, text: str) -> dict[str, Any]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return read_yaml(path)
+
+
+def refused(*sources: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        make_config(*sources)
+    return caught.value
+
+
+def test_later_sources_win() -> None:
+    config = make_config({"r": 8, "seed": 1}, {"r": 32})
+    assert (config.r, config.seed, config.lora_alpha) == (32, 1, 16)
+
+
+def test_unknown_keys_are_errors_with_a_near_match() -> None:
+    error = refused({"learning_rat": 1e-4})
+    assert "unknown option 'learning_rat'" in error.message
+    assert error.hint == "Did you mean learning_rate?"
+    assert error.exit_code == 2
+    assert "--help-all" in refused({"zzz": 1}).hint
+
+
+def test_dashes_and_aliases_name_the_same_option() -> None:
+    assert make_config({"global-batch-size": 12}).global_batch_size == 12
+    assert make_config({"lora_r": 4}).r == 4
+    assert make_config({"model_name": "gpt2"}).model == "gpt2"
+    error = refused({"r": 4, "lora_r": 8})
+    assert "'r' and 'lora_r' are the same option" in error.message
+
+
+@pytest.mark.parametrize("written", ["2e-4", "0.0002", "2.0e-4", "'2e-4'"])
+def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path, written: str) -> None:
+    config = make_config(recipe(tmp_path, f"learning_rate: {written}\nmax_steps: 1e2\n"))
+    assert config.learning_rate == 2e-4
+    assert config.max_steps == 100
+    assert isinstance(config.max_steps, int)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", "many"), ("r", 1.5), ("r", True), ("load_in_4bit", "yes"), ("load_in_4bit", 1), ("model", 5),
+        ("target_modules", 3), ("learning_rate", None), ("learning_rate", "fast"), ("max_steps", "inf"),
+        ("target_modules", [1]), ("bias", False),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_named_with_the_value(name: str, value: Any) -> None:
+    error = refused({name: value})
+    assert name in error.message
+    assert value is None or repr(value) in error.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", 0), ("learning_rate", -1), ("learning_rate", "nan"), ("lora_dropout", 1.0), ("max_steps", 0),
+        ("max_steps", -2), ("save_total_limit", 0), ("num_train_epochs", 0), ("dtype", "float8"),
+        ("learning_rate", "inf"), ("target_modules", []),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
+    assert name in refused({name: value}).message
+
+
+def test_settings_that_exclude_each_other() -> None:
+    assert "exclude each other" in refused({"full_finetuning": True, "load_in_4bit": True}).message
+
+
+def test_lists_come_as_text_or_as_a_list() -> None:
+    assert make_config({"target_modules": "q_proj, v_proj"}).target_modules == ["q_proj", "v_proj"]
+    assert make_config({"target_modules": ["q_proj"]}).target_modules == ["q_proj"]
+
+
+def test_what_is_printed_reads_back_the_same(tmp_path: Path) -> None:
+    config = make_config({"r": 8, "learning_rate": 3e-5, "target_modules": "q_proj", "max_rows": 7})
+    assert make_config(recipe(tmp_path, config.to_yaml())) == config
+    assert make_config(recipe(tmp_path, TrainConfig().to_yaml())) == TrainConfig()
+
+
+def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+    assert recipe(tmp_path, "") == {}
+    for text, said in (("- a\n- b\n", "holds a list"), ("a: [", "is not YAML")):
+        with pytest.raises(ConfigError, match=said):
+            recipe(tmp_path, text)
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        read_yaml(tmp_path / "none.yaml")

@@ -1,0 +1,132 @@
+"""The command and environment of a run: decided from the plan and the environment alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallel_tune.config import make_config
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.launch import Watcher, launch_spec
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.planning import make_plan
+from parallel_tune.process import die_with_parent
+from parallel_tune.progress import MetricsFollower
+from parallel_tune.rundir import Outcome, RunDir, create, read_metrics, read_outcome, write_outcome
+from strategies.contracts import Plan
+from strategies.errors import ConfigError
+from strategies.registry import load_registry
+
+RUN = RunDir(Path("/runs/one"))
+
+
+def plan(hardware: str, strategy: str = "ddp") -> Plan:
+    config = make_config({"strategy": strategy, "model": "unsloth/Llama-3.2-1B-Instruct"})
+    facts = load_model_facts(config.model)
+    return make_plan(config, facts, "transformers", parse_hardware(hardware), load_registry())
+
+
+def test_one_process_is_the_worker_itself() -> None:
+    for made in (plan("1xH100-80GB"), plan("2xH100-80GB", "model_parallel")):
+        spec = launch_spec(made, RUN, {}, 8)
+        assert spec.argv == (sys.executable, "-m", "parallel_tune.worker", "/runs/one")
+
+
+def test_several_run_on_the_loopback_and_never_restart() -> None:
+    spec = launch_spec(plan("2xH100-80GB"), RUN, {}, 8, Path("/runs/one/checkpoint-4"))
+    assert spec.argv[:3] == (sys.executable, "-m", "torch.distributed.run")
+    assert {"--nproc-per-node=2", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0"} <= set(spec.argv)
+    assert spec.argv[-4:] == ("-m", "parallel_tune.worker", "/runs/one", "/runs/one/checkpoint-4")
+    assert (spec.env["GLOO_SOCKET_IFNAME"], spec.env["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
+
+
+def test_nothing_outside_the_arguments_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan("2xH100-80GB")
+    before = launch_spec(made, RUN, {"A": "1"}, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    environ = dict(os.environ)
+    assert launch_spec(made, RUN, {"A": "1"}, 8) == before
+    assert dict(os.environ) == environ
+    assert not RUN.path.exists()
+
+
+def test_an_outer_launchers_variables_are_dropped() -> None:
+    environ = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1", "HOME": "/root"}
+    env = launch_spec(plan("1xH100-80GB"), RUN, environ, 8).env
+    assert env["HOME"] == "/root"
+    assert not set(env) & (set(environ) - {"HOME"})
+    assert env["PYTHONSAFEPATH"] == "1"
+
+
+def test_only_the_plans_devices_are_visible() -> None:
+    made = plan("4xH100-80GB")
+    fewer = dataclasses.replace(made, devices=(made.devices[1], made.devices[3]), processes=2)
+    assert launch_spec(fewer, RUN, {}, 8).env["CUDA_VISIBLE_DEVICES"] == "1,3"
+    # Where some are hidden already, the plan's numbers count the visible ones.
+    assert launch_spec(fewer, RUN, {"CUDA_VISIBLE_DEVICES": "4,5,6,GPU-7"}, 8).env["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+
+
+def test_cpu_processes_share_the_cores() -> None:
+    env = launch_spec(plan("cpu:2"), RUN, {}, 9).env
+    assert (env["CUDA_VISIBLE_DEVICES"], env["OMP_NUM_THREADS"]) == ("", "4")
+    assert launch_spec(plan("cpu:2"), RUN, {"OMP_NUM_THREADS": "1"}, 9).env["OMP_NUM_THREADS"] == "1"
+
+
+def test_an_outcome_is_read_back_and_a_torn_one_is_none(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    said = Outcome(3, "what", "do", "trace")
+    write_outcome(run, 1, said)
+    assert read_outcome(run, 1) == said
+    assert read_outcome(run, 0) is None
+    run.outcome(1).write_text(run.outcome(1).read_text()[:-5])
+    assert read_outcome(run, 1) is None
+
+
+def test_the_last_row_of_a_step_counts_and_torn_rows_do_not(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert read_metrics(run) == []
+    follower = MetricsFollower(run.metrics)
+    run.metrics.write_text(
+        '{"step": 2, "eval_loss": 3}\n{"step": 1, "eval_loss": 4}\n{"st\n{"step": 2, "eval_loss": 5}\n{"s'
+    )
+    assert read_metrics(run) == [{"step": 1, "eval_loss": 4}, {"step": 2, "eval_loss": 5}]
+    assert [row["eval_loss"] for row in follower.poll()] == [3, 4, 5]
+
+
+def test_a_recorded_run_finds_its_files_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    config = make_config({"dataset": "rows.jsonl", "model": "unsloth/Llama-3.2-1B-Instruct"})
+    made = plan("cpu:2")
+    read, read_plan = create(config, made).read()
+    assert read.dataset == str(tmp_path / "rows.jsonl")
+    assert read.model == "unsloth/Llama-3.2-1B-Instruct"
+    assert read_plan == made
+
+
+def test_one_command_at_a_time_trains_in_a_run_directory(tmp_path: Path) -> None:
+    import fcntl
+
+    config = make_config({"output_dir": str(tmp_path / "run")})
+    made = plan("cpu:2")
+    run = create(config, made)
+    with (run.logs / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        watcher = Watcher(made.processes, run, launch_spec(made, run, os.environ, 2), lambda: None)
+        with pytest.raises(ConfigError, match="another command is training"):
+            watcher.run()
+
+
+def test_a_worker_whose_watcher_is_gone_ends() -> None:
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent(os.getppid())
+        die_with_parent(2**22 + 1)  # no process has this number
+        os._exit(9)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 1

@@ -1,0 +1,162 @@
+"""Runs that are stopped, killed or torn: every process ends, the command says what happened, and a resume is exact.
+
+`noted_ddp` and `noted_split` are the built-in strategies with faults that a test can place at a step (third_party/).
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+DDP_PASSES, SPLIT_PASSES = 3, 6
+"""Forward passes of one rank in a step."""
+
+Alive = Callable[[Path], list[int]]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+def wait_until_none(alive: Alive, run: Path) -> None:
+    deadline = time.monotonic() + 60
+    while alive(run):
+        assert time.monotonic() < deadline, f"still alive: {alive(run)}"
+        time.sleep(0.05)
+
+
+def resumed_losses(run: Any) -> dict[int, float]:
+    """Losses by step; where a step was trained twice, both must agree."""
+    losses: dict[int, float] = {}
+    for row in run.metrics:
+        assert row["loss"] == pytest.approx(losses.setdefault(row["step"], row["loss"]), rel=1e-6)
+    return losses
+
+
+def test_checkpoints_are_kept_as_many_as_asked(ddp_run: Any, split_run: Any) -> None:
+    for run in (ddp_run, split_run):
+        assert checkpoints(run.run) == ["checkpoint-16", "checkpoint-20"]
+        assert not list(run.run.rglob("training_args.bin"))
+
+
+def test_a_finished_run_is_not_resumed(tune: Any, split_run: Any) -> None:
+    again = tune.ended("resume", str(split_run.run), base=False)
+    assert again.code == 2
+    assert f"{split_run.run} is finished" in again.err
+
+
+def test_a_second_run_into_the_same_directory_is_refused(tune: Any, split_run: Any) -> None:
+    again = tune.ended("--strategy=ddp", "--hardware=cpu:1", f"--output_dir={split_run.run}", shared_output=False)
+    assert again.code == 2
+    assert "holds a run already" in again.err
+    assert "parallel-tune resume" in again.err
+
+
+def test_a_folder_that_is_no_run_is_not_resumed(tune: Any, tmp_path: Path) -> None:
+    ended = tune.ended("resume", str(tmp_path), base=False)
+    assert ended.code == 2
+    assert "is not a run directory" in ended.err
+
+
+def test_killing_the_parent_ends_all_and_a_torn_checkpoint_is_passed_over(
+    tune: Any, noting: dict[str, str], alive: Alive, ddp_run: Any, tmp_path: Path
+) -> None:
+    command = tune.start(*DDP, env=noting | {"FAULT": f"hold:1:{10 * DDP_PASSES + 2}"})
+    command.wait_for(tmp_path / "held")
+    command.send(signal.SIGKILL)
+    killed = command.wait()
+    assert killed.code == -signal.SIGKILL
+    wait_until_none(alive, killed.run)
+    assert checkpoints(killed.run) == ["checkpoint-4", "checkpoint-8"]
+    torn = killed.run / "checkpoint-8" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    with (killed.run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # a row that the kill tore
+    resumed = tune("resume", str(killed.run), base=False, env=noting, cwd=tmp_path)
+    assert "resuming from checkpoint-4" in resumed.out
+    rows = [line for line in (killed.run / "metrics.jsonl").read_text().splitlines() if line != '{"step": 11, "lo']
+    (killed.run / "metrics.jsonl").write_text("\n".join(rows))
+    losses = resumed_losses(resumed)
+    assert list(losses) == list(range(1, 21))
+    assert list(losses.values()) == pytest.approx(ddp_run.losses, rel=1e-6)
+    assert resumed.report["held_out_loss_after"] == pytest.approx(ddp_run.report["held_out_loss_after"], rel=1e-6)
+    assert (resumed.report["samples"], resumed.report["tokens"]) == (212, ddp_run.report["tokens"])
+    assert checkpoints(killed.run) == ["checkpoint-16", "checkpoint-20"]
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "whole"), [(DDP, DDP_PASSES, "ddp_run"), (SPLIT, SPLIT_PASSES, "split_run")]
+)
+def test_an_interrupt_stops_in_order_and_the_run_goes_on(
+    options: tuple[str, ...],
+    passes: int,
+    whole: str,
+    tune: Any,
+    noting: dict[str, str],
+    alive: Alive,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    command = tune.start(*options, env=noting | {"FAULT": f"hold:0:{10 * passes + 1}"})
+    command.wait_for(tmp_path / "held")
+    command.send(signal.SIGINT)
+    command.wait_for_word("stopping after this step")
+    (tmp_path / "go").touch()
+    stopped = command.wait()
+    assert stopped.code == 75, stopped.err
+    message, hint = stopped.err.splitlines()[-2:]
+    assert "stopped by a signal after step 11 of 20; checkpoint-11 is on disk" in message
+    assert f"parallel-tune resume {stopped.run}" in hint
+    assert checkpoints(stopped.run) == ["checkpoint-11", "checkpoint-8"]
+    assert not alive(stopped.run)
+    resumed = tune("resume", str(stopped.run), base=False, env=noting)
+    losses = resumed_losses(resumed)
+    uninterrupted = request.getfixturevalue(whole)
+    assert list(losses.values()) == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_all_at_once(
+    number: signal.Signals, tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    command = tune.start(*SPLIT, env=noting | {"FAULT": "hold:0:1"})
+    command.wait_for(tmp_path / "held")
+    command.send(number)
+    command.wait_for_word("stopping after this step")
+    command.send(number)
+    ended = command.wait()
+    assert ended.code == 1
+    assert "ended by a signal before a checkpoint was written" in ended.err
+    assert not alive(ended.run)
+
+
+def test_a_killed_rank_is_named_and_ends_the_others(tune: Any, noting: dict[str, str], alive: Alive) -> None:
+    ended = tune.ended(*DDP, env=noting | {"FAULT": f"kill:1:{5 * DDP_PASSES + 1}"})
+    assert ended.code == 1
+    assert "parallel-tune: rank 1 ended without a word: killed from outside" in ended.err
+    assert "rank-1.log" in ended.err.splitlines()[-1]
+    assert not alive(ended.run)
+    assert checkpoints(ended.run) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(("options", "rank"), [(DDP, 1), (SPLIT, 0)])
+def test_an_error_of_a_rank_is_told_and_ends_the_others(
+    options: tuple[str, ...], rank: int, tune: Any, noting: dict[str, str], alive: Alive
+) -> None:
+    ended = tune.ended(*options, env=noting | {"FAULT": f"raise:{rank}:4"})
+    assert ended.code == 1
+    assert f"parallel-tune: rank {rank}: ArithmeticError: the third party's fault" in ended.err
+    assert f"rank-{rank}.log" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+    assert not alive(ended.run)
+    again = tune.ended("resume", str(ended.run), base=False)
+    assert again.code == 2
+    assert re.search("no complete checkpoint", again.err)

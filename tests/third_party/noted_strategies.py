@@ -1,0 +1,107 @@
+"""Strategies as a third party would write them: the built-in two, whose sessions note what they see.
+
+Each rank leaves `rank-K.json` in the folder NOTES: the rows of each forward pass in training, a digest of the trained
+weights, and the crossings of each boundary. FAULT=ACTION:RANK:PASS makes a rank raise, kill itself, or hold (until the
+file `go` is there) just before that training pass, counted from 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from strategies.contracts import Plan
+from strategies.ddp import DDP
+from strategies.model_parallel import ModelParallel
+from strategies.sessions import ReplicaSession, SplitSession, open_replica
+
+
+class Notes:
+    """What one rank saw."""
+
+    def __init__(self, rank: int) -> None:
+        self.folder = Path(os.environ["NOTES"])
+        self.rank = rank
+        self.passes: list[list[list[int]]] = []
+
+    def follow(self, model: Any) -> None:
+        self.model = model
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            pairs = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True)
+            self.passes.append([ids[: sum(mask)] for ids, mask in pairs])
+            self._fault()
+
+    def _fault(self) -> None:
+        action, rank, number = os.environ.get("FAULT", ":-1:0").split(":")
+        if (int(rank), int(number)) != (self.rank, len(self.passes)):
+            return
+        if action == "raise":
+            raise ArithmeticError("the third party's fault")
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / "held").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.02)
+
+    def write(self, crossings: list[Any]) -> None:
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        seen = {"passes": self.passes, "weights": digest.hexdigest(), "crossings": [asdict(c) for c in crossings]}
+        (self.folder / f"rank-{self.rank}.json").write_text(json.dumps(seen))
+
+
+class NotedReplica(ReplicaSession):
+    """A session of ddp that takes notes."""
+
+    def place(self, model: Any) -> None:
+        super().place(model)
+        self.notes = Notes(self.rank)
+        self.notes.follow(model)
+
+    def close(self) -> None:
+        self.notes.write([])
+        super().close()
+
+
+class NotedStages(SplitSession):
+    """A session of model_parallel that takes notes."""
+
+    def place(self, model: Any) -> None:
+        super().place(model)
+        self.notes = Notes(self.rank)
+        self.notes.follow(model)
+
+    def close(self) -> None:
+        self.notes.write(self._stages.crossings)
+        super().close()
+
+
+class NotedDDP(DDP):
+    """ddp with notes."""
+
+    name = "noted_ddp"
+    auto_order = 110
+
+    def open(self, plan: Plan, timeout_seconds: int) -> NotedReplica:
+        open_replica(plan, timeout_seconds)
+        return NotedReplica(plan)
+
+
+class NotedSplit(ModelParallel):
+    """model_parallel with notes."""
+
+    name = "noted_split"
+    auto_order = 120
+
+    def open(self, plan: Plan, timeout_seconds: int) -> NotedStages:
+        return NotedStages(plan)
