@@ -19,7 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,18 @@ def main() -> None:
     gpus: queue.Queue[int] = queue.Queue()
     for gpu in range(len(devices)):
         gpus.put(gpu)
+    measured: list[Row] = []
     with ThreadPoolExecutor(gpus.qsize()) as pool:
         jobs = [pool.submit(measure, row, options.work, dataset, number, gpus) for number, row in enumerate(todo)]
-        measured = [job.result() for job in jobs]
+        for job in as_completed(jobs):
+            measured.append(job.result())
+            # After every row: a time limit that ends this keeps what was measured.
+            write_record(options.results, hardware, measured)
+    print(json.dumps(figures(measured), indent=1))
+
+
+def write_record(folder: Path, hardware: str, measured: list[Row]) -> None:
+    """Rows and figures, with the machine and the versions beside them."""
     record = {
         "name": "prediction",
         "hardware": hardware,
@@ -147,9 +156,8 @@ def main() -> None:
         "rows": measured,
         "figures": figures(measured),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"prediction.{hardware}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"prediction.{hardware}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
