@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from strategies.contracts import Arrangement, Device, Hardware, MemoryEstimate, Part, Plan, Verdict, Workload
@@ -24,6 +24,30 @@ class Estimator(Protocol):
         """Host seconds that issuing one micro-batch through `part` takes, device aside."""
 
 
+class Schedule(Protocol):
+    """Works off the micro-batches of an optimizer step in an order of its own, with the result of taking turns."""
+
+    @property
+    def labels_device(self) -> torch.device:
+        """Where the loss is computed, hence where labels should lie."""
+
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        forward: Callable[[int, Any], Any],
+        *,
+        backward: Callable[[Any], None],
+        key: int | None = None,
+    ) -> list[Any]:
+        """Forward and backward of all micro-batches; returns their losses, detached, in order.
+
+        Args:
+            forward: (index, micro-batch) -> loss; may be called in another thread.
+            backward: runs a loss's backward; likewise.
+            key: tells this step's random numbers from those of others.
+        """
+
+
 class Session(Protocol):
     """What a training process holds open while it trains; the trainer sees nothing else of its strategy."""
 
@@ -34,6 +58,10 @@ class Session(Protocol):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What works off a step's micro-batches; None where the trainer takes them in turn."""
 
     def device_map(self) -> dict[str, int | str]:
         """The explicit map that the model is loaded with; never a string such as "balanced"."""
@@ -50,8 +78,15 @@ class Session(Protocol):
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over all ranks, in float64. Every rank calls it."""
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order, on every rank. Every rank calls it."""
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
+
+    def report(self) -> dict[str, Any]:
+        """What the strategy has measured of the run, for the run's report. `stages`, if any, is one entry a device of
+        the plan, `timeline` the schedule of the last step."""
 
     def close(self) -> None:
         """Release what the session holds. The process ends soon after."""
@@ -74,5 +109,5 @@ class Strategy(Protocol):
     def plan(self, workload: Workload, hardware: Hardware, estimate: Estimator) -> Plan:
         """The fastest plan that fits; if none does, the one that comes closest, with `fits` False. Pure."""
 
-    def open(self, plan: Plan) -> Session:
-        """Open the session of this training process."""
+    def open(self, plan: Plan, timeout_seconds: int) -> Session:
+        """Open the session of this training process; a collective that waits longer than the timeout fails."""

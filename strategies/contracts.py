@@ -73,6 +73,10 @@ class Workload:
         global_batch: samples per optimizer step over all devices.
         micro_batch: rows that one device forwards at once.
         tied_embeddings: whether the head shares the embedding's weight.
+        pipeline: whether a split may keep several micro-batches in flight.
+        force_lanes: it shall, on virtual devices too.
+        lanes: how many then; as many as stages if None.
+        stages: parts of a split; more than devices share them.
     """
 
     model: str
@@ -86,6 +90,9 @@ class Workload:
     gradient_checkpointing: Checkpointing | None = None
     tied_embeddings: bool = False
     pipeline: bool = True
+    force_lanes: bool = False
+    lanes: int | None = None
+    stages: int | None = None
     max_devices: int | None = None
 
 
@@ -211,6 +218,7 @@ class Plan:
     Attributes:
         device_map: module name -> device index; {"": "local_rank"} when each process holds a replica.
         lanes: micro-batches in flight at once (1: the naive schedule).
+        dtype: the compute dtype, "bfloat16", "float16" or "float32".
         launch: the command that starts the training processes.
     """
 
@@ -226,10 +234,21 @@ class Plan:
     gradient_checkpointing: Checkpointing
     predicted_tokens_per_second: float
     lanes: int = 1
+    dtype: str = "bfloat16"
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     launch: tuple[str, ...] = ()
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """Indices of the devices that the run's processes see, in the plan's order, each once."""
+        return tuple(dict.fromkeys(device.index for device in self.devices))
+
+    @property
+    def ordinals(self) -> tuple[int, ...]:
+        """Each planned device's position among the visible ones; several stages may share a device."""
+        return tuple(self.visible.index(device.index) for device in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""

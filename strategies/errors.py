@@ -8,6 +8,7 @@ class ParallelTuneError(Exception):
         message: what is wrong, with the value seen.
         hint: what the user can do about it.
         exit_code: the process's exit status.
+        trace: the traceback of the process that it happened in, if that was another one.
     """
 
     exit_code = 1
@@ -16,6 +17,7 @@ class ParallelTuneError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.trace = ""
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

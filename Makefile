@@ -1,0 +1,39 @@
+# make demo | make test | make install.  STRATEGY=ddp or model_parallel chooses the demo's strategy.
+PYTHON ?= python3
+STRATEGY ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+# On a machine without GPUs the demo and the tests use two virtual devices.
+HARDWARE := $(if $(GPU),,--hardware cpu:2)
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.installed $(if $(GPU),$(VENV)/.unsloth)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[dev]"
+	touch $@
+
+# Without dependencies: Unsloth declares packages that text training does not need and that may not load here.
+$(VENV)/.unsloth: $(VENV)/.installed constraints-unsloth.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-unsloth.txt
+	touch $@
+
+demo: install
+	$(BIN)/parallel-tune demo --strategy $(STRATEGY) $(HARDWARE)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install $(VENV)/.unsloth lint
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,176 @@
+"""What lanes gain over the naive split of one model, and that both give the same gradients.
+
+    python examples/benchmarks/lanes.py                                     # two stages on the CPU, small
+    python examples/benchmarks/lanes.py --devices cuda:0,cuda:1 --shape 8b  # bf16 LoRA on two GPUs
+
+Random weights, random tokens. Writes results/lanes.HARDWARE.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.pipeline import Lanes
+from strategies.stages import Stages, split
+
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+VOCABULARY = {"small": 1024, "1b": 128256, "8b": 128256}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line to options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--devices", default="cpu,cpu", help="one a stage, e.g. cuda:0,cuda:1 or cuda:0,cuda:0")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--cuts", default="", help="first layer of each stage, e.g. 0,18; equal counts if not given")
+    parser.add_argument("--lanes", type=int, default=0, help="as many as stages if not given")
+    parser.add_argument("--micro_batches", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--full", action="store_true", help="train all weights, not LoRA adapters of rank 16")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args(arguments)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> Any:
+    """A Llama of the shape asked for, in training mode; float32 on a CPU, bfloat16 on GPUs."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    shape = {"vocab_size": VOCABULARY[options.shape], "max_position_embeddings": 8192, **SHAPES[options.shape]}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=max(2, shape["num_attention_heads"] // 4))
+    torch.manual_seed(0)
+    with device:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not options.full:
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    if options.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def wait(stages: Stages) -> None:
+    """Wait until the GPUs, if any, are done."""
+    for device in {device for device in stages.devices if device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+def step(stages: Stages, lanes: Lanes, inputs: Sequence[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+    """Seconds of all micro-batches' forward and backward, and the gradients they left."""
+    model: Callable[..., Any] = stages.model
+    stages.model.zero_grad(set_to_none=True)
+    wait(stages)
+    start = time.perf_counter()
+    lanes.run(inputs, lambda _, batch: model(**batch, use_cache=False).loss)
+    wait(stages)
+    seconds = time.perf_counter() - start
+    parameters = stages.model.named_parameters()
+    return seconds, {name: p.grad.cpu().clone() for name, p in parameters if p.grad is not None}
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Relative distance of two sets of gradients, in the Euclidean norm over all of them."""
+    apart = sum(float((left[name].double() - right[name].double()).square().sum()) for name in left)
+    size = sum(float(gradient.double().square().sum()) for gradient in left.values())
+    return (apart / size) ** 0.5
+
+
+def measure(stages: Stages, options: argparse.Namespace, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Time the naive schedule and the lanes alternately; rows, the last of each with its schedule."""
+    rows: list[dict[str, Any]] = []
+    gradients: dict[str, list[dict[str, Tensor]]] = {"naive": [], "lanes": []}
+    num_lanes = options.lanes or len(stages)
+    both = {
+        "naive": Lanes(stages, 1, align_clocks=True),
+        "lanes": Lanes(stages, num_lanes, align_clocks=True),
+    }
+    for lanes in both.values():
+        step(stages, lanes, inputs)  # the probe, lazily built tables, the allocator's pools
+    for _ in range(options.repeat):
+        for name, lanes in both.items():
+            seconds, found = step(stages, lanes, inputs)
+            gradients[name] = [*gradients[name][-1:], found]
+            timeline = lanes.timeline()
+            busy = [sum(s.end - s.start for s in timeline if s.stage == stage) for stage in range(len(stages))]
+            rows.append({"schedule": name, "seconds": seconds, "stage_busy_seconds": busy, "reason": lanes.reason})
+    for name, lanes in both.items():
+        last = next(row for row in reversed(rows) if row["schedule"] == name)
+        last["timeline"] = [vars(segment) for segment in lanes.timeline()]
+        lanes.close()
+    best = {name: min((r for r in rows if r["schedule"] == name), key=lambda r: r["seconds"]) for name in both}
+    count, batches = len(stages), len(inputs)
+    bound = count * batches / (batches + count - 1)
+    speedup = best["naive"]["seconds"] / best["lanes"]["seconds"]
+    tokens = batches * options.rows * options.length
+    return {
+        "rows": rows,
+        "figures": {
+            "speedup_over_naive": speedup,
+            "bound": bound,
+            "share_of_bound": speedup / bound,
+            "gradient_error": difference(gradients["naive"][-1], gradients["lanes"][-1]),
+            "naive_noise": difference(gradients["naive"][-1], gradients["naive"][0]),
+            # Below 0.97 the naive run itself wastes time, and the comparison does not count.
+            "naive_share_of_stage_times": sum(best["naive"]["stage_busy_seconds"]) / best["naive"]["seconds"],
+            "tokens_per_second": {name: tokens / row["seconds"] for name, row in best.items()},
+        },
+    }
+
+
+def hardware(devices: Sequence[torch.device]) -> str:
+    """What the stages lie on, as a file name takes it, e.g. "2xNVIDIA-H200" or "cpu"."""
+    gpus = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    return f"{len(gpus)}x{torch.cuda.get_device_name(gpus[0]).replace(' ', '-')}" if gpus else "cpu"
+
+
+def main(arguments: Sequence[str]) -> Path:
+    """Run the benchmark; returns the file written."""
+    options = parse(arguments)
+    devices = [torch.device(name) for name in options.devices.split(",")]
+    model = build(options, devices[0])
+    layers = SHAPES[options.shape]["num_hidden_layers"]
+    even = [layers * stage // len(devices) for stage in range(len(devices))]
+    stages = split(model, [int(cut) for cut in options.cuts.split(",")] if options.cuts else even, devices)
+    generator = torch.Generator().manual_seed(1)
+    shape = (options.micro_batches, options.rows, options.length)
+    ids = torch.randint(0, VOCABULARY[options.shape], shape, generator=generator)
+    inputs = [{"input_ids": each.to(devices[0]), "labels": each.to(stages.head_device)} for each in ids]
+    record = {
+        "name": "lanes",
+        "hardware": hardware(devices),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python", "examples/benchmarks/lanes.py", *arguments]),
+        **measure(stages, options, inputs),
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path: Path = options.results / f"lanes.{record['hardware']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["figures"], indent=1))
+    return path
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # stages on a CPU stand for devices: each works with one core
+    print(main(sys.argv[1:]))

@@ -1,0 +1,5 @@
+"""`python -m parallel_tune`."""
+
+from parallel_tune.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""What happens around optimizer steps: rows of metrics.jsonl, and an orderly stop at a signal."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from parallel_tune.rundir import RunDir
+from parallel_tune.sampler import GlobalBatches
+from strategies.base import Session
+from strategies.errors import RunFailed
+
+
+class MetricsWriter(TrainerCallback):  # type: ignore[misc]
+    """Writes a row a logging step from rank 0; tokens and samples are counted over all ranks."""
+
+    def __init__(self, run: RunDir, batches: GlobalBatches, session: Session) -> None:
+        self._run = run
+        self._batches = batches
+        self._session = session
+        self._last_step = 0
+        self._last_time = 0.0
+        self.tokens = 0
+        self.samples = 0
+        self.seconds = 0.0
+        self.final_loss: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last_step = state.global_step
+        self._last_time = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._training_row(state, logs)
+        elif logs and "eval_loss" in logs:
+            self._write({"step": state.global_step, "epoch": state.epoch or 0.0, "eval_loss": logs["eval_loss"]})
+            # Evaluation is no training time.
+            self._last_time = time.monotonic()
+
+    def _training_row(self, state: TrainerState, logs: dict[str, float]) -> None:
+        if not math.isfinite(logs["loss"]):
+            raise RunFailed(
+                f"the loss is {logs['loss']} at step {state.global_step}",
+                "Lower --learning_rate, or use --dtype bfloat16 or float32; a checkpoint before it can be resumed.",
+            )
+        steps = range(self._last_step, state.global_step)
+        now = time.monotonic()
+        seconds = now - self._last_time
+        tokens = sum(self._batches.tokens(step) for step in steps)
+        samples = sum(self._batches.samples(step) for step in steps)
+        self.tokens += tokens
+        self.samples += samples
+        self.seconds += seconds
+        self.final_loss = logs["loss"]
+        self._last_step, self._last_time = state.global_step, now
+        grad_norm = logs.get("grad_norm")
+        self._write(
+            {
+                "step": state.global_step,
+                "max_steps": state.max_steps,
+                "epoch": state.epoch,
+                "loss": logs["loss"],
+                "grad_norm": grad_norm if grad_norm is not None and math.isfinite(grad_norm) else None,
+                "learning_rate": logs.get("learning_rate"),
+                "tokens": tokens,
+                "samples": samples,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds if seconds > 0 else None,
+                "devices": [
+                    {"index": index, "allocated_bytes": torch.cuda.max_memory_allocated(index)}
+                    for index in range(torch.cuda.device_count() if self._session.device.type == "cuda" else 0)
+                ],
+            }
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._session.is_main:
+            with self._run.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class StopAtSignal(TrainerCallback):  # type: ignore[misc]
+    """After SIGTERM or SIGINT on any rank, all ranks save a checkpoint at the same step and stop.
+
+    The handler only sets a flag: a collective inside it could meet another one half done.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._asked = False
+        self.stopped = False
+
+    def listen(self) -> None:
+        """Take over the signals of this process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self._asked = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self._session.any(self._asked) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control

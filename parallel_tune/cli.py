@@ -1,0 +1,193 @@
+"""The command line. Nothing here imports torch or transformers: help and plans answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from parallel_tune import __version__
+from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, some_train_options, train_options
+from strategies.errors import ConfigError, ParallelTuneError
+
+DEFAULT_COMMAND = "train"
+
+
+class Program(click.Group):
+    """A group whose options without a verb mean `train`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version"}
+        verb_less = not args or (args[0].startswith("-") and args[0] not in own)
+        return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if verb_less else args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        train = self.commands[DEFAULT_COMMAND]
+        train.format_options(click.Context(train, info_name=ctx.info_name), formatter)
+        self.format_commands(ctx, formatter)
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, default=False, cls=GroupedOption, help="Show the traceback of an error."
+)
+
+
+@click.group(cls=Program, context_settings=TOKENS)
+@click.version_option(__version__, prog_name="parallel-tune")
+def program() -> None:
+    """Fine-tune a language model with Unsloth on all the GPUs of this machine.
+
+    \b
+    parallel-tune --strategy ddp                   a replica on each GPU
+    parallel-tune --strategy model_parallel        one model split over the GPUs
+    parallel-tune --strategy auto                  decided from model size and free memory
+    parallel-tune plan ...                         the decision and its numbers, nothing started
+    """
+
+
+@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@train_options
+@click.option(
+    "--print_config", is_flag=True, default=False, cls=GroupedOption, help="Print the settings as a recipe and leave."
+)
+@debug_option
+def train(config_file: str | None, print_config: bool, debug: bool, **options: Any) -> None:
+    """Train; the verb may be left out."""
+    from parallel_tune import commands
+
+    config = commands.read_config(config_file, given(options))
+    if print_config:
+        click.echo(config.to_yaml(), nl=False)
+        return
+    commands.train(config)
+
+
+@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@train_options
+@click.option("--json", "as_json", is_flag=True, default=False, cls=GroupedOption, help="Print one JSON object.")
+@debug_option
+def plan(config_file: str | None, as_json: bool, debug: bool, **options: Any) -> None:
+    """Show what a run would do, with its numbers, and start nothing."""
+    from parallel_tune import commands
+
+    commands.plan(commands.read_config(config_file, given(options)), as_json)
+
+
+@program.command(
+    cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
+)
+@some_train_options(
+    "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir",
+)  # fmt: skip
+@click.option(
+    "--model", "--model_name", default=None, cls=GroupedOption, group="Model",
+    help="The model that SCRIPT trains, whose size decides; read from the script if left out.",
+)  # fmt: skip
+@debug_option
+@click.argument("script", type=click.Path(dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any) -> None:
+    """Run an Unsloth, TRL or transformers SCRIPT with its ARGUMENTS under a strategy.
+
+    ddp starts it on every device; model_parallel runs it in one process that sees all devices. The model's size
+    decides under auto: give --model where the script does not write it out. The other options size the plan that
+    `parallel_tune.placement()` tells the script; they change nothing in the script by themselves.
+    """
+    from parallel_tune.script_launch import launch_script
+
+    launch_script(Path(script), arguments, given(options))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("run", type=click.Path(file_okay=False))
+@debug_option
+def resume(run: str, debug: bool) -> None:
+    """Go on with a run from its last complete checkpoint."""
+    from parallel_tune import commands
+
+    commands.resume(Path(run))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("run", type=click.Path(file_okay=False))
+@debug_option
+def report(run: str, debug: bool) -> None:
+    """Write RUN/report.html anew."""
+    from parallel_tune.reporting.run_page import write_page
+
+    click.echo(str(write_page(Path(run))))
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False))
+@click.option(
+    "--output", default="outputs/compare", show_default=True, type=click.Path(file_okay=False), help="Folder."
+)
+@debug_option
+def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
+    """Show runs side by side: a table, compare.html and compare.png."""
+    from parallel_tune.reporting.compare import compare as compare_runs
+
+    compare_runs([Path(run) for run in runs], Path(output))
+
+
+@program.command(context_settings=TOKENS)
+@click.option("--strategy", default="auto", show_default=True, help="ddp, model_parallel or auto.")
+@click.option("--hardware", default=None, help="Devices, for example cpu:2.")
+@click.option("--model_dir", default=None, type=click.Path(), help="Where the demo's model is kept.")
+@click.option("--max_steps", default=None, type=int, help="Optimizer steps.")
+@debug_option
+def demo(strategy: str, hardware: str | None, model_dir: str | None, max_steps: int | None, debug: bool) -> None:
+    """Fine-tune a small real model on the example dataset and show what changed."""
+    from parallel_tune.demo import run_demo
+
+    run_demo(strategy, hardware, Path(model_dir) if model_dir else None, max_steps)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program and end the process with its exit code."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_imports()
+        program.main(args=arguments, prog_name="parallel-tune", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("parallel-tune: stopped before anything was started.", err=True)
+        sys.exit(130)
+    except ParallelTuneError as error:
+        if debug:
+            import traceback
+
+            click.echo(error.trace or traceback.format_exc(), err=True)
+        click.echo(f"parallel-tune: {error.message}", err=True)
+        if error.hint:
+            click.echo(error.hint, err=True)
+        sys.exit(error.exit_code)
+
+
+def check_imports() -> None:
+    """Say clearly when another package named `strategies` shadows ours.
+
+    Raises:
+        ConfigError: `strategies` does not lie beside `parallel_tune`.
+    """
+    import strategies
+
+    found = Path(strategies.__file__ or "").resolve().parent
+    expected = Path(__file__).resolve().parent.parent / "strategies"
+    if found != expected and not found.samefile(expected):
+        raise ConfigError(
+            f"another package named strategies, {found}, shadows the one of parallel-tune, {expected}",
+            "Start parallel-tune from another folder, or take that one off PYTHONPATH.",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Rows from a local file, a folder of files, or the Hub."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from strategies.errors import ConfigError
+
+Row = dict[str, Any]
+
+_SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?")
+_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+
+
+def load_rows(dataset: str, split: str | None = None, subset: str | None = None) -> Sequence[Row]:
+    """The rows of a dataset, as dictionaries of its columns.
+
+    Args:
+        dataset: a JSON, JSONL, CSV, TSV or Parquet file, a folder of such files, or else the dataset's id on the Hub.
+            What exists on disk is taken before the Hub is asked.
+        split: "train" (the default), "test", ..., or a part of one: "train[:100]", "train[10%:20%]". In a folder, files
+            named after splits (train-00000.parquet, test.jsonl) are told apart by it; other files are the train split.
+        subset: a Hub dataset's configuration, where it has several.
+    """
+    match = _SPLIT.fullmatch(split or "train")
+    path = Path(dataset).expanduser()
+    rows: Sequence[Row]
+    if path.exists():
+        if match is None:
+            raise ConfigError(f"split {split!r} is not understood", 'write it as "train" or "train[:100]"')
+        rows = [row for file in _files(path, match["name"]) for row in _read(file)]
+        rows = rows[_bound(match["start"], len(rows), 0) : _bound(match["stop"], len(rows), len(rows))]
+    elif _looks_local(dataset):
+        raise ConfigError(f"dataset {dataset!r} is not there", _near(path) or "check the path; a Hub id is owner/name")
+    else:
+        rows = _from_hub(dataset, split or "train", subset)
+    if not len(rows):
+        raise ConfigError(f"dataset {dataset!r} has no rows (split {split or 'train'!r})", "name another file or split")
+    return rows
+
+
+def _looks_local(dataset: str) -> bool:
+    known = Path(dataset).suffix.lower() in READERS
+    return known or dataset.startswith((".", "/", "~")) or _HUB_ID.fullmatch(dataset) is None
+
+
+def _bound(text: str | None, total: int, default: int) -> int:
+    if not text:
+        return default
+    return round(total * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    if path.is_file():
+        if split != "train":
+            raise ConfigError(
+                f"{path} is one file and has no split {split!r}", "leave the split away, or name its file"
+            )
+        return [path]
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and not _hidden(f.relative_to(path)))
+    if not files:
+        found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
+        raise ConfigError(
+            f"folder {path} has no data files (it holds {found})", f"files may end in {' '.join(READERS)}"
+        )
+    named = {f: name for f in files if (name := _split_of(f.relative_to(path)))}
+    if not named:
+        named = dict.fromkeys(files, "train")
+    chosen = [f for f in files if named.get(f) == split]
+    if not chosen:
+        raise ConfigError(
+            f"folder {path} has no file for split {split!r}",
+            f"its files are for: {', '.join(sorted(set(named.values())))}",
+        )
+    return chosen
+
+
+def _hidden(relative: Path) -> bool:
+    # dataset_info.json describes a dataset; it holds none of its rows
+    return any(part.startswith(".") for part in relative.parts) or relative.name in ("dataset_info.json", "state.json")
+
+
+def _split_of(relative: Path) -> str | None:
+    """The split that a file's folder or name tells: test/a.json, test-00000-of-00001.parquet, my_test.jsonl."""
+    words = [word for part in reversed(relative.with_suffix("").parts) for word in re.split(r"[-_.]", part.lower())]
+    return next((word for word in words if word in _SPLIT_NAMES), None)
+
+
+def _read(file: Path) -> list[Row]:
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{file} is of no kind that can be read", f"files may end in {' '.join(READERS)}")
+    try:
+        return reader(file)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: byte {error.start}", "save it in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}", "check the file and its rights") from error
+
+
+def _json(file: Path) -> list[Row]:
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one value a line, under the other name
+            return _jsonl(file)
+        raise ConfigError(f"{file}, line {error.lineno}: not JSON ({error.msg})", "correct that line") from error
+    if isinstance(value, dict):
+        lists = [entry for entry in value.values() if isinstance(entry, list)]
+        # {"data": [...]} is a wrapper around the rows; any other object is the only row of a file of lines
+        value = lists[0] if len(value) == 1 and lists and _all_objects(lists[0]) else [value]
+    if not isinstance(value, list):
+        raise ConfigError(f"{file} holds one {type(value).__name__}, not rows", "make it a list of objects")
+    return [_object(row, f"{file}, row {number}") for number, row in enumerate(value, 1)]
+
+
+def _all_objects(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(v, dict) and not {"role", "from"} & v.keys() for v in values)
+
+
+def _jsonl(file: Path) -> list[Row]:
+    rows = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_object(json.loads(line), f"{file}, line {number}"))
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{file}, line {number}: not JSON ({error.msg})", "correct that line") from error
+    return rows
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {json.dumps(value)[:60]} is not an object", "each row must be {column: value}")
+    return value
+
+
+def _csv(file: Path) -> list[Row]:
+    limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            rows = []
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ConfigError(
+                        f"{file}, line {reader.line_num}: not the {len(reader.fieldnames or ())} fields of its heading",
+                        "put a text that holds commas, quotes or line ends in double quotes",
+                    )
+                rows.append(dict(row))
+            return rows
+    except csv.Error as error:
+        raise ConfigError(f"{file}: not CSV ({error})", "check its quotes") from error
+    finally:
+        csv.field_size_limit(limit)  # the limit is the csv module's own global
+
+
+def _parquet(file: Path) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[Row] = pq.read_table(file).to_pylist()
+    except pa.ArrowException as error:
+        raise ConfigError(f"{file}: not Parquet ({str(error).splitlines()[0]})", "write the file again") from error
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _from_hub(dataset: str, split: str, subset: str | None) -> Sequence[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        message = f"dataset {dataset!r} is no local file, and reading from the Hub needs the package datasets"
+        raise ConfigError(message, "pip install datasets") from error
+    try:
+        rows: Sequence[Row] = datasets.load_dataset(dataset, subset, split=split)
+    except Exception as error:  # whatever the Hub, the network or the dataset's files raise is about this name
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"dataset {dataset!r} cannot be loaded: {type(error).__name__}: {first_line}",
+            _near(Path(dataset)) or _hub_hint(error),
+        ) from error
+    return rows
+
+
+def _hub_hint(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    if "gated" in text or "authenticat" in text:
+        return "accept its terms on the Hub and log in with `hf auth login`"
+    if "split" in text or "config" in text:
+        return "choose another split or subset"
+    if any(word in text for word in ("offline", "connect", "reach", "timed out", "resolve")):
+        return "without a network give a local JSON, JSONL, CSV or Parquet file"
+    return "check the id on huggingface.co/datasets, or give a local JSON, JSONL, CSV or Parquet file"
+
+
+def _near(path: Path) -> str:
+    """A hint that names what lies close by, for a path with a slip in its last part or in one before it."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = {entry.name: entry for entry in missing.parent.iterdir()} if missing.parent.is_dir() else {}
+    stems = {Path(name).stem: name for name in names}
+    close = difflib.get_close_matches(missing.name, [*names, *stems], n=1, cutoff=0.6)
+    if not close:
+        return ""
+    return f"did you mean {missing.parent / stems.get(close[0], close[0]) / path.relative_to(missing)}?"

@@ -1,0 +1,170 @@
+"""Encoded rows and what is told about them."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict, overload
+
+from strategies.errors import ConfigError
+
+IGNORED = -100
+"""The label of a token that no loss is computed for."""
+
+PERCENTILES = (5, 50, 90, 99, 100)
+
+
+class EncodedRow(TypedDict):
+    """One row as the model sees it; both lists have one entry a token, and `labels[0]` is always IGNORED."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class EncodedRows(Sequence[EncodedRow]):
+    """Rows of token ids and labels, kept flat: 8 bytes a token, where lists of Python integers take 40 or more."""
+
+    def __init__(self, rows: Iterable[EncodedRow] = ()) -> None:
+        self._input_ids = array("i")
+        self._labels = array("i")
+        self._ends = array("q", [0])
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: EncodedRow) -> None:
+        """Add a row at the end."""
+        if len(row["input_ids"]) != len(row["labels"]):
+            raise ValueError(f"a row has {len(row['input_ids'])} tokens and {len(row['labels'])} labels")
+        self._input_ids.extend(row["input_ids"])
+        self._labels.extend(row["labels"])
+        self._ends.append(len(self._input_ids))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> EncodedRows: ...
+    def __getitem__(self, index: int | slice) -> EncodedRow | EncodedRows:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        number = range(len(self))[index]  # raises IndexError, and takes negative numbers
+        start, end = self._ends[number], self._ends[number + 1]
+        return {"input_ids": self._input_ids[start:end].tolist(), "labels": self._labels[start:end].tolist()}
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        return (self[number] for number in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EncodedRows):
+            return NotImplemented
+        return (self._ends, self._input_ids, self._labels) == (other._ends, other._input_ids, other._labels)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def select(self, numbers: Iterable[int]) -> EncodedRows:
+        """The rows with these numbers, in this order."""
+        return EncodedRows(self[number] for number in numbers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """Predicted tokens of each row: those whose label is not IGNORED."""
+        bounds = zip(self._ends, self._ends[1:], strict=False)
+        return [end - start - self._labels[start:end].count(IGNORED) for start, end in bounds]
+
+    def to_dataset(self) -> Any:
+        """The same rows as a `datasets.Dataset`, which is what TRL's trainers take."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({"input_ids": [r["input_ids"] for r in self], "labels": [r["labels"] for r in self]})
+
+    def save(self, path: Path) -> None:
+        """Write all rows to one file, so that workers need not tokenise again; it appears whole or not at all."""
+        parts = (self._ends, self._input_ids, self._labels)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with unfinished.open("wb") as file:
+            file.write(json.dumps([len(part) for part in parts]).encode() + b"\n")
+            for part in parts:
+                part.tofile(file)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> EncodedRows:
+        """Read what `save` wrote."""
+        rows = cls()
+        rows._ends = array("q")
+        try:
+            with path.open("rb") as file:
+                counts = json.loads(file.readline())
+                for part, count in zip((rows._ends, rows._input_ids, rows._labels), counts, strict=True):
+                    part.fromfile(file, count)
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            raise ConfigError(f"cannot read the encoded rows in {path}: {error}", "encode the dataset again") from error
+        return rows
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a dataset on its way to token ids.
+
+    Attributes:
+        format: the form the rows were found in, e.g. "alpaca".
+        rows: rows that training will see.
+        empty_rows: rows left out because they hold no text, or no answer where one belongs.
+        dropped_rows: rows left out because no learned token was left (after the cut to the maximum length, or no
+            assistant turn).
+        truncated_rows: rows cut to the maximum length; those then dropped count too.
+        tokens: tokens of all rows kept.
+        answer_tokens: those of them that the loss is computed on.
+        length_percentiles: percentile -> tokens of a row, over the rows kept.
+    """
+
+    format: str
+    rows: int
+    empty_rows: int = 0
+    dropped_rows: int = 0
+    truncated_rows: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    length_percentiles: dict[int, int] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.rows:,} rows ({self.format}), {self.tokens:,} tokens, {self.answer_tokens:,} of them learned"]
+        if self.length_percentiles:
+            median, longest = self.length_percentiles[50], self.length_percentiles[100]
+            parts.append(f"lengths: half up to {median:,}, longest {longest:,}")
+        if self.truncated_rows:
+            parts.append(f"{self.truncated_rows:,} cut to the maximum length")
+        if self.dropped_rows:
+            parts.append(f"{self.dropped_rows:,} dropped: nothing left to learn")
+        if self.empty_rows:
+            parts.append(f"{self.empty_rows:,} empty rows skipped")
+        return "; ".join(parts)
+
+
+def describe(rows: EncodedRows, row_format: str, *, empty: int = 0, dropped: int = 0, truncated: int = 0) -> DataReport:
+    """The report on rows that were encoded with these losses."""
+    lengths = sorted(rows.lengths)
+    # nearest rank: the smallest length that at least q percent of the rows do not exceed
+    percentiles = {q: lengths[max(0, -(-len(lengths) * q // 100) - 1)] for q in PERCENTILES} if lengths else {}
+    return DataReport(
+        format=row_format,
+        rows=len(rows),
+        empty_rows=empty,
+        dropped_rows=dropped,
+        truncated_rows=truncated,
+        tokens=sum(lengths),
+        answer_tokens=sum(rows.answer_tokens),
+        length_percentiles=percentiles,
+    )

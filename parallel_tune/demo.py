@@ -1,0 +1,76 @@
+"""The demo: a small real model, a dataset of ours, and what training changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from parallel_tune import rundir
+from parallel_tune.commands import decide, find_hardware, start
+from parallel_tune.config import TrainConfig
+from parallel_tune.demo_model import fetch_demo_model
+from parallel_tune.plan_view import render_plan
+from parallel_tune.planning import require_fit
+from strategies.errors import ConfigError
+
+PROMPT = "What is the capital of France?"
+DATASET = "short_answers.jsonl"
+
+
+def run_demo(strategy: str, hardware: str | None, model_dir: Path | None, max_steps: int | None) -> None:
+    """Fetch the model, plan, train, and show the held-out loss and one answer before and after."""
+    from parallel_tune.generation import answer
+
+    model = fetch_demo_model(model_dir or default_model_dir())
+    config = demo_config(model, strategy, hardware, max_steps)
+    plan, lines = decide(config, find_hardware(config))
+    for line in lines:
+        click.echo(line)
+    require_fit(plan, config.strategy)
+    click.echo(render_plan(plan))
+    run = rundir.create(config, plan)
+    start(plan, run, None)
+    click.echo(f"\nprompt: {PROMPT}")
+    click.echo(f"before: {answer(model, None, PROMPT)}")
+    click.echo(f"after:  {answer(model, run.adapter, PROMPT)}")
+    click.echo(f"\nadapter: {run.adapter}")
+
+
+def demo_config(model: Path, strategy: str, hardware: str | None, max_steps: int | None) -> TrainConfig:
+    """The demo's settings: two virtual devices on a machine without GPUs."""
+    return TrainConfig(
+        model=str(model),
+        dataset=str(example_dataset()),
+        strategy=strategy,
+        hardware=hardware,
+        max_seq_length=256,
+        global_batch_size=4,
+        max_steps=max_steps or 50,
+        learning_rate=1e-3,
+        answers_only=True,
+        val_size=24,
+        eval_steps=10,
+    )
+
+
+def default_model_dir() -> Path:
+    """The user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "parallel-tune" / "SmolLM2-135M-Instruct"
+
+
+def example_dataset() -> Path:
+    """The dataset in the checkout's examples folder.
+
+    Raises:
+        ConfigError: this is an installed package without its checkout.
+    """
+    path = Path(__file__).resolve().parent.parent / "examples" / DATASET
+    if not path.exists():
+        raise ConfigError(
+            f"the example dataset is not at {path}",
+            "Run the demo from a clone of the repository (`make demo`).",
+        )
+    return path

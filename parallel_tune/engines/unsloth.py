@@ -1,0 +1,75 @@
+"""The Unsloth engine: FastLanguageModel with Unsloth's own adapters and checkpointing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from parallel_tune.config import TrainConfig
+from strategies.base import Session
+from strategies.contracts import Plan
+
+
+class UnslothEngine:
+    """Loads with Unsloth. It must be imported before trl, transformers and peft."""
+
+    def prepare(self) -> None:
+        # Ranks that compile into one folder race; Unsloth's default lies in the working directory.
+        rank = os.environ.get("RANK", "0")
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            / "parallel-tune"
+            / "unsloth"
+            / f"rank-{rank}"
+        )
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        import unsloth  # noqa: F401
+
+    def load(self, config: TrainConfig, plan: Plan, session: Session, dtype: Any) -> tuple[Any, Any]:
+        from unsloth import FastLanguageModel
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            model_name=config.model,
+            max_seq_length=config.max_seq_length,
+            dtype=dtype,
+            load_in_4bit=config.load_in_4bit,
+            full_finetuning=config.full_finetuning,
+            device_map=session.device_map(),
+            use_gradient_checkpointing=checkpointing(plan),
+            # Otherwise a 4-bit model is silently exchanged for a repository of Unsloth's.
+            use_exact_model_name=True,
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return model, tokenizer
+
+    def add_adapters(self, model: Any, config: TrainConfig, plan: Plan) -> Any:
+        if config.full_finetuning:
+            return model
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            bias=config.bias,
+            target_modules=list(config.target_modules),
+            use_rslora=config.use_rslora,
+            use_gradient_checkpointing=checkpointing(plan),
+            random_state=config.random_state,
+            max_seq_length=config.max_seq_length,
+        )
+
+    def training_arguments(self, plan: Plan) -> dict[str, Any]:
+        # Unsloth's checkpointing is set on the model; the trainer must not switch on another.
+        return {"gradient_checkpointing": plan.gradient_checkpointing != "none"}
+
+
+def checkpointing(plan: Plan) -> bool | str:
+    """The plan's checkpointing in Unsloth's words."""
+    words: dict[str, bool | str] = {"none": False, "full": True, "unsloth": "unsloth"}
+    return words[plan.gradient_checkpointing]

@@ -1,0 +1,111 @@
+"""Training inside processes that torchrun, accelerate launch or srun started: one rank plans, all obey."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import click
+
+from parallel_tune import planning, rundir
+from parallel_tune.commands import decide, find_hardware, train
+from parallel_tune.config import TrainConfig
+from parallel_tune.display import summary
+from parallel_tune.plan_view import render_plan
+from parallel_tune.process import leave
+from parallel_tune.refusal import Launch
+from parallel_tune.report import read as read_report
+from parallel_tune.reporting.run_page import try_to_write_page
+from strategies.contracts import Hardware, Plan
+from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError
+
+
+def train_joined(config: TrainConfig, launch: Launch) -> None:
+    """Join the launcher's processes, or go on alone where there is only one. Returns only in that case."""
+    if launch.world_size == 1:
+        click.echo(launch.dropping)
+        for name in launch.variables:
+            os.environ.pop(name, None)
+        train(config)
+        return
+    _train_as_rank(config, launch)
+
+
+def _train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
+    os.environ.update(launch.environment)
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(launch.local_rank)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timedelta(seconds=config.ddp_timeout),
+        device_id=torch.device("cuda", launch.local_rank) if cuda else None,
+    )
+    decision: list[dict[str, Any]] = [_decide(config, launch.world_size) if launch.rank == 0 else {}]
+    dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
+    if "code" in decision[0]:
+        leave(int(decision[0]["code"]))
+    _obey(rundir.RunDir(decision[0]["run"]), launch.rank)
+
+
+def _decide(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Plan for exactly the processes that are there; what went wrong travels to the others as an exit code."""
+    try:
+        plan = plan_for(config, world_size)
+        run = rundir.create(config, plan)
+    except ParallelTuneError as error:
+        click.echo(f"parallel-tune: {error}", err=True)
+        return {"code": error.exit_code}
+    click.echo(render_plan(plan))
+    click.echo(f"run directory: {run.path}")
+    return {"run": run.path}
+
+
+def plan_for(config: TrainConfig, world_size: int) -> Plan:
+    """The ddp plan of a given number of processes.
+
+    Raises:
+        NoStrategyFits: a replica does not fit each of the devices.
+        ConfigError: there are fewer devices than processes.
+    """
+    if config.hardware is None:
+        hardware = find_hardware(config)
+        if hardware.kind == "cpu":
+            config = replace(config, hardware=f"cpu:{world_size}")
+    hardware = find_hardware(config)
+    if len(hardware.devices) < world_size:
+        raise ConfigError(
+            f"the launcher started {world_size} processes and there are {len(hardware.devices)} devices",
+            f"Start {len(hardware.devices)} processes, or let parallel-tune start them itself.",
+        )
+    used = Hardware(hardware.devices[:world_size], hardware.declared)
+    config = config.replace(strategy="ddp" if config.strategy == "auto" else config.strategy)
+    plan, lines = decide(config, used)
+    for line in lines:
+        click.echo(line)
+    planning.require_fit(plan, config.strategy)
+    if plan.processes != world_size:
+        raise NoStrategyFits(
+            f"{plan.strategy} fits {plan.processes} of the devices, and the launcher started {world_size} processes",
+            "Start fewer processes, or let parallel-tune start them itself; model_parallel splits one replica.",
+        )
+    return plan
+
+
+def _obey(run: rundir.RunDir, rank: int) -> NoReturn:
+    from parallel_tune.worker import run_to_its_end
+
+    def tell(outcome: rundir.Outcome) -> None:
+        if outcome.code != 0:
+            click.echo(f"parallel-tune: rank {rank}: {outcome.message}\n{outcome.hint}", err=True)
+        elif rank == 0:
+            click.echo(summary(read_report(run.report), run.path))
+        if rank == 0:
+            try_to_write_page(run.path)
+
+    run_to_its_end(run, rank, None, tell)

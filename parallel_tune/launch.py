@@ -1,0 +1,278 @@
+"""Start the training processes of a plan, watch them, and end them: the one place that does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel_tune.outcome import process_id_file
+from parallel_tune.process import die_with_parent
+from parallel_tune.rundir import Outcome, RunDir, read_outcome
+from strategies.contracts import Device, DevicePlan, Plan
+from strategies.errors import ParallelTuneError, RunFailed, Stopped
+
+RENDEZVOUS = "parallel_tune_loopback"
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 5.0
+"""How long the other processes may take to end by themselves once one has failed."""
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """A command and its whole environment."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+def worker_argv(plan: Plan, run_path: str, checkpoint: Path | None = None) -> tuple[str, ...]:
+    """The command that trains: the worker itself, or torch.distributed.run around it."""
+    worker = ("-m", "parallel_tune.worker", run_path, *([str(checkpoint)] if checkpoint else []))
+    if plan.processes == 1:
+        return (sys.executable, *worker)
+    return (sys.executable, *torchrun_arguments(plan.processes), *worker)
+
+
+def torchrun_arguments(processes: int) -> tuple[str, ...]:
+    """What starts that many processes of this machine on our loopback rendezvous; their command follows."""
+    return (
+        "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}",
+        f"--rdzv-backend={RENDEZVOUS}", "--rdzv-endpoint=127.0.0.1", "--max-restarts=0",
+    )  # fmt: skip
+
+
+def launch_spec(
+    plan: Plan, run: RunDir, environ: Mapping[str, str], cores: int, checkpoint: Path | None = None
+) -> LaunchSpec:
+    """Command and environment of a run. Pure.
+
+    Args:
+        environ: the environment to start from; an outer launcher's variables are dropped from it.
+        cores: CPU cores of the machine, shared among the processes of a CPU run.
+    """
+    env = process_environment(plan.devices, plan.processes, environ, cores)
+    # The working directory must not be searched for modules: a `strategies` folder there would shadow ours.
+    env["PYTHONSAFEPATH"] = "1"
+    return LaunchSpec(worker_argv(plan, str(run.path), checkpoint), env)
+
+
+def process_environment(
+    devices: Sequence[Device | DevicePlan], processes: int, environ: Mapping[str, str], cores: int
+) -> dict[str, str]:
+    """The environment of processes that shall see these devices and no others. Pure."""
+    env = without_launcher(environ)
+    env["PYTHONUNBUFFERED"] = "1"
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if devices[0].kind == "cuda":
+        visible = [part for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+        # Two stages of a split may share a device.
+        indices = dict.fromkeys(device.index for device in devices)
+        chosen = [visible[index] if visible else str(index) for index in indices]
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if processes > 1:
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    return env
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what torchrun or accelerate would have set."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
+    }
+
+
+class Watcher:
+    """Runs the processes of one run from start to end.
+
+    At the first SIGINT or SIGTERM the workers save a checkpoint and stop; at the second everything is killed.
+    """
+
+    def __init__(self, processes: int, run: RunDir, spec: LaunchSpec, on_poll: Callable[[], None]) -> None:
+        self._processes = processes
+        self._run = run
+        self._spec = spec
+        self._on_poll = on_poll
+        self._signals = 0
+        self._forwarded = False
+
+    def run(self) -> None:
+        """Start, wait, and return when the result is on disk.
+
+        Raises:
+            Stopped: a signal ended the run with a checkpoint on disk.
+            RunFailed: a process failed or vanished; every other one is ended.
+        """
+        for rank in range(self._processes):
+            self._run.outcome(rank).unlink(missing_ok=True)
+            pid_file(self._run, rank).unlink(missing_ok=True)
+        with self._run.logs.joinpath("launcher.log").open("ab") as log:
+            process = subprocess.Popen(
+                self._spec.argv,
+                env=dict(self._spec.env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # A Ctrl-C in the terminal reaches this process alone, which tells the others in order.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
+        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.signal(number, self._note) for number in handled}
+        try:
+            vanished = self._wait(process)
+        finally:
+            self._kill_all(process)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._on_poll()
+        self._judge(process.returncode, vanished)
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self._signals += 1
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> list[int]:
+        """Until all have ended, or one failed and the grace is over. Returns the ranks that vanished by themselves."""
+        vanished: list[int] = []
+        deadline: float | None = None
+        while process.poll() is None:
+            self._on_poll()
+            if self._signals == 1 and not self._forwarded:
+                self._forwarded = self._ask_to_stop(process)
+            if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
+                return vanished
+            if deadline is None:
+                vanished = self._vanished()
+                failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in self._outcomes().values())
+                if vanished or failed:
+                    deadline = time.monotonic() + GRACE_SECONDS
+            time.sleep(POLL_SECONDS)
+        return vanished or self._vanished()
+
+    def _outcomes(self) -> dict[int, Outcome]:
+        said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}
+        return {rank: outcome for rank, outcome in said.items() if outcome is not None}
+
+    def _pids(self) -> dict[int, int]:
+        pids = {}
+        for rank in range(self._processes):
+            try:
+                pids[rank] = int(pid_file(self._run, rank).read_text())
+            except (OSError, ValueError):
+                continue
+        return pids
+
+    def _vanished(self) -> list[int]:
+        """Ranks that began and are gone without a word."""
+        gone = [rank for rank, pid in self._pids().items() if not _alive(pid)]
+        return [rank for rank in gone if read_outcome(self._run, rank) is None]
+
+    def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> bool:
+        """Signal the workers. Those that have not begun are ended: there is nothing to save."""
+        pids = self._pids()
+        if len(pids) < self._processes:
+            self._kill_all(process)
+            return True
+        for pid in pids.values():
+            _send(pid, signal.SIGTERM)
+        return True
+
+    def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
+        for pid in self._pids().values():
+            if _alive(pid):
+                _send(pid, signal.SIGKILL)
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+    def _judge(self, code: int, vanished: list[int]) -> None:
+        """Decide by what lies on disk; a launcher's exit code says too little and at times the wrong thing."""
+        outcomes = self._outcomes()
+        main = outcomes.get(0)
+        if main is not None and main.code == 0:
+            return
+        if main is not None and main.code == Stopped.exit_code:
+            raise Stopped(main.message, main.hint)
+        if self._signals:
+            raise RunFailed(
+                "ended by a signal before a checkpoint was written",
+                f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint, if there is one.",
+            )
+        if vanished:
+            names = ", ".join(f"rank {rank}" for rank in vanished)
+            raise RunFailed(
+                f"{names} ended without a word: killed from outside, or out of host memory",
+                f"See {self._run.logs}; `parallel-tune resume {self._run.path}` goes on from the last checkpoint.",
+            )
+        self._raise_first_failure(outcomes)
+        tail = _tail(self._run.logs / "launcher.log")
+        raise RunFailed(
+            f"the training processes ended with code {code} before they began",
+            f"{tail}\nSee {self._run.logs / 'launcher.log'}.",
+        )
+
+    def _raise_first_failure(self, outcomes: Mapping[int, Outcome]) -> None:
+        failed = [rank for rank, outcome in outcomes.items() if outcome.code != 0]
+        if failed:
+            rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
+            raise failure(rank, outcomes[rank], self._run)
+
+
+def pid_file(run: RunDir, rank: int) -> Path:
+    """Where a worker writes its process id."""
+    return process_id_file(run.logs, rank)
+
+
+def failure(rank: int, outcome: Outcome, run: RunDir) -> ParallelTuneError:
+    """The error that a rank reported, with its exit code."""
+    kinds = {kind.exit_code: kind for kind in ParallelTuneError.__subclasses__()}
+    kind = kinds.get(outcome.code, RunFailed)
+    error = kind(f"rank {rank}: {outcome.message}", f"{outcome.hint}\nLog: {run.log(rank)}".strip())
+    error.trace = outcome.trace
+    return error
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _tail(path: Path, lines: int = 5) -> str:
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

@@ -1,0 +1,237 @@
+"""From settings and hardware to a plan: model facts, estimate, selection, and what would fit if nothing does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.engines import EngineName
+from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.memory.settings import TrainingSettings
+from strategies.contracts import (
+    Arrangement,
+    Checkpointing,
+    Device,
+    Hardware,
+    MemoryEstimate,
+    Part,
+    Plan,
+    Suggestion,
+    Workload,
+)
+from strategies.errors import ConfigError, NoStrategyFits
+from strategies.registry import StrategyRegistry
+from strategies.selector import closest_plan
+
+SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def make_plan(
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+) -> Plan:
+    """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
+
+    Raises:
+        ConfigError: the settings contradict each other, the model or the hardware.
+    """
+    plan = _plan(config, facts, engine, hardware, registry)
+    if plan.fits:
+        return plan
+    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry))
+
+
+def _plan(
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+) -> Plan:
+    strategy = config.strategy
+    if (config.device_map is not None or config.stages is not None) and strategy == "auto":
+        strategy = "model_parallel"
+    dtype = compute_dtype(config, hardware)
+    plan = closest_plan(
+        workload(config, facts, engine),
+        hardware,
+        ClosedFormEstimator(facts, training_settings(config, engine, dtype)),
+        registry,
+        strategy,
+    )
+    plan = replace(plan, dtype=dtype)
+    if config.device_map is not None:
+        said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
+        plan = replace(plan, reasons=(*plan.reasons, said))
+    return plan
+
+
+def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:
+    """What the strategies need to know of the settings.
+
+    Raises:
+        ConfigError: Unsloth's checkpointing was asked for without Unsloth.
+    """
+    asked = config.use_gradient_checkpointing
+    if asked == "unsloth" and engine != "unsloth":
+        raise ConfigError(
+            "use_gradient_checkpointing = 'unsloth' needs the unsloth engine, and this run uses transformers",
+            "Use --use_gradient_checkpointing full, or --engine unsloth.",
+        )
+    modes: dict[str, Checkpointing | None] = {"auto": None, "none": "none", "full": "full", "unsloth": "unsloth"}
+    return Workload(
+        model=config.model,
+        engine=engine,
+        num_layers=facts.num_layers,
+        sequence_length=config.max_seq_length,
+        modules=facts.modules,
+        global_batch=config.global_batch_size,
+        micro_batch=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=modes[asked],
+        tied_embeddings=facts.tied_embeddings,
+        pipeline=config.pipeline != "off",
+        force_lanes=config.pipeline == "on",
+        lanes=config.lanes,
+        stages=config.stages,
+    )
+
+
+def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
+    """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    if hardware.kind == "cpu":
+        return "float32"
+    return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
+
+
+def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> TrainingSettings:
+    """What the memory estimate needs to know of the settings."""
+    fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
+    return TrainingSettings(
+        method="full" if config.full_finetuning else "lora",
+        load_in_4bit=config.load_in_4bit,
+        lora_rank=config.r,
+        lora_targets=tuple(config.target_modules),
+        lora_dropout=config.lora_dropout,
+        compute_dtype=dtype,
+        weights_dtype="float32" if config.full_finetuning and dtype == "float16" else None,
+        optimizer=config.optim,
+        cross_entropy="fused" if fused else "plain",
+        engine=engine,
+        sequence_length=config.max_seq_length,
+    )
+
+
+def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: bool) -> list[MemoryEstimate]:
+    """What each device of a plan needs when no row is longer than `longest_row` tokens.
+
+    The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
+    hold against a measurement.
+    """
+    facts = load_model_facts(config.model)
+    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
+    if not padded:
+        settings = replace(settings, attention_mask=False)  # rows of one length need none
+    estimator = ClosedFormEstimator(facts, settings)
+    split = plan.processes == 1 and len(plan.devices) > 1
+    arrangement = Arrangement(
+        plan.processes,
+        plan.micro_batch,
+        plan.gradient_accumulation_steps,
+        plan.gradient_checkpointing,
+        lanes=plan.lanes,
+        stages=len(plan.devices) if split else 1,
+    )
+    last = facts.num_layers - 1
+    predicted = []
+    for item in plan.devices:
+        first, last = item.layers
+        part = Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
+        device = Device(item.index, item.name, item.kind, item.capacity_bytes, item.free_bytes)
+        predicted.append(estimator.memory(part, arrangement, device))
+    return predicted
+
+
+def _suggestions(
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+) -> tuple[Suggestion, ...]:
+    """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
+    found: list[Suggestion] = []
+
+    def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
+        try:
+            plan = _plan(changed, facts, engine, devices, registry)
+        except ConfigError:
+            return False
+        if plan.fits:
+            peak = max(device.predicted_peak_bytes for device in plan.devices)
+            found.append(Suggestion(change, plan.strategy, peak))
+        return plan.fits
+
+    if config.strategy != "auto":
+        fits("--strategy auto", config.replace(strategy="auto"))
+    if not config.load_in_4bit and not config.full_finetuning:
+        fits("--load_in_4bit", config.replace(load_in_4bit=True))
+    if config.full_finetuning:
+        fits("LoRA instead of --full_finetuning", config.replace(full_finetuning=False))
+    if config.use_gradient_checkpointing == "none":
+        fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
+    if config.per_device_train_batch_size is not None:
+        for rows in _halvings(config.per_device_train_batch_size, 1):
+            if fits(f"--per_device_train_batch_size {rows}", config.replace(per_device_train_batch_size=rows)):
+                break
+    for length in _halvings(config.max_seq_length, 256):
+        if fits(f"--max_seq_length {length}", config.replace(max_seq_length=length)):
+            break
+    if "8bit" not in config.optim:
+        fits("--optim adamw_8bit", config.replace(optim="adamw_8bit"))
+    another = replace(hardware.devices[-1], index=len(hardware.devices))
+    if hardware.kind == "cuda":
+        fits(f"one more {another.name}", config, replace(hardware, devices=(*hardware.devices, another)))
+    return tuple(found)
+
+
+def _halvings(value: int, least: int) -> list[int]:
+    values = []
+    while value // 2 >= least:
+        value //= 2
+        values.append(value)
+    return values
+
+
+def require_fit(plan: Plan, strategy: str) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        NoStrategyFits: with the shortfall of each device and the changes that would fit.
+    """
+    if plan.fits:
+        return
+    from strategies.selector import no_strategy_fits
+
+    error = no_strategy_fits(plan, strategy)
+    changes = [
+        f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)" for item in plan.suggestions
+    ]
+    hint = "\n".join([error.hint, *(["One of these alone would fit:", *changes] if changes else [])])
+    raise NoStrategyFits(error.message, hint)
+
+
+def read_device_map(name: str) -> dict[str, int | str] | None:
+    """The map in a JSON file, or None for a word such as "balanced".
+
+    Raises:
+        ConfigError: the file cannot be read or is no map.
+    """
+    if name in SPLITTING_MAPS:
+        return None
+    try:
+        loaded = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--device_map {name}: {error}", f"Give {', '.join(SPLITTING_MAPS)} or a JSON file of module -> device."
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, int | str) for value in loaded.values()):
+        raise ConfigError(f"--device_map {name} is not a map of module -> device", 'Write {"model.layers.0": 0, ...}.')
+    return loaded

@@ -1,0 +1,141 @@
+"""report.json: what came out, beside what was predicted."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.planning import predict_for_rows
+from parallel_tune.rundir import RunDir, write_atomically
+from strategies.base import Session
+from strategies.contracts import Plan
+
+if TYPE_CHECKING:
+    from parallel_tune.callbacks import MetricsWriter
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "unsloth",
+    "bitsandbytes",
+    "parallel-tune",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(
+    run: RunDir,
+    config: TrainConfig,
+    plan: Plan,
+    session: Session,
+    metrics: MetricsWriter,
+    steps: int,
+    losses: dict[str, float],
+    data: Any,
+    longest_row: int,
+    padded: bool,
+    total_seconds: float,
+) -> None:
+    """Gather every rank's measurements and write the report from the main one. Every rank calls it.
+
+    The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
+    prediction for the longest row that was trained (`predicted_*_bytes`).
+    """
+    measured: dict[int, dict[str, int]] = {}
+    for by_device in session.gather(measure_devices(plan, session)):
+        measured.update(by_device)
+    if not session.is_main:
+        return
+    by_strategy = session.report()
+    stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
+    timeline = by_strategy.pop("timeline", None)
+    predictions = predict_for_rows(config, plan, longest_row, padded)
+    body = {
+        "strategy": plan.strategy,
+        "engine": plan.engine,
+        "model": config.model,
+        "world_size": plan.processes,
+        "global_batch": plan.global_batch,
+        "steps": steps,
+        "samples": metrics.samples,
+        "tokens": metrics.tokens,
+        "seconds": metrics.seconds,
+        "total_seconds": total_seconds,
+        "tokens_per_second": metrics.tokens / metrics.seconds if metrics.seconds else None,
+        "final_loss": metrics.final_loss,
+        **losses,
+        **by_strategy,
+        "result": str(run.result(config).relative_to(run.path)),
+        "data": asdict(data),
+        "longest_row": longest_row,
+        "devices": [
+            {
+                "index": device.index,
+                "name": device.name,
+                "planned_peak_bytes": device.predicted_peak_bytes,
+                "predicted_allocated_bytes": predicted.allocated_bytes,
+                "predicted_peak_bytes": predicted.peak_bytes,
+                **measured.get(device.index, {}),
+                **stage,
+            }
+            for device, predicted, stage in zip(plan.devices, predictions, stages, strict=True)
+        ],
+        "versions": versions(),
+    }
+    if timeline:
+        write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
+    write_atomically(run.report, json.dumps(body, indent=2))
+
+
+def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
+    """Peaks of the devices that this rank used, by the plan's device index.
+
+    On a CPU the process is the device: its peak resident size, weights of the interpreter and libraries included.
+    """
+    import torch
+
+    places = [session.rank] if plan.processes > 1 else list(range(len(plan.devices)))
+    if session.device.type == "cpu":
+        return {plan.devices[places[0]].index: {"used_peak_bytes": peak_resident_bytes()}} if len(places) == 1 else {}
+    result = {}
+    for place in places:
+        ordinal = session.device.index if plan.processes > 1 else plan.ordinals[place]
+        free, total = torch.cuda.mem_get_info(ordinal)
+        result[plan.devices[place].index] = {
+            "allocated_peak_bytes": torch.cuda.max_memory_allocated(ordinal),
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(ordinal),
+            # The allocator gives nothing back while the process lives, so what is in use now is the peak.
+            "used_peak_bytes": total - free,
+        }
+    return result
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident size that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report that `write` wrote."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,154 @@
+"""Several runs side by side: a table, and their curves over steps, epochs and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from parallel_tune.progress import duration
+from parallel_tune.reporting.axes import size
+from parallel_tune.reporting.figures import RunFigures, load
+from parallel_tune.reporting.html import page, table, tag
+from parallel_tune.reporting.line_chart import Curve, Frame, Point, line_chart
+from parallel_tune.reporting.pictures import MISSING, draw, have_matplotlib
+from parallel_tune.reporting.run_page import LOSS, STEP, points
+from parallel_tune.rundir import write_atomically
+from strategies.errors import ConfigError
+
+HEAD = ["run", "strategy", "engine", "trained", "processes", "global batch", "steps", "samples", "tokens", "time"]
+HEAD += ["samples/s", "tokens/s", "final loss", "peak memory"]
+TEXT_COLUMNS = 4
+MOST_RUNS = 10
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A frame and its curves, drawn alike as SVG and as PNG."""
+
+    frame: Frame
+    curves: Sequence[Curve]
+
+
+def compare(paths: Sequence[Path], output: Path) -> None:
+    """Print the table, and write compare.html and compare.png.
+
+    Raises:
+        ConfigError: a folder is no run, there are too many, or the output cannot be written.
+    """
+    if len(paths) > MOST_RUNS:
+        raise ConfigError(f"{len(paths)} runs are too many for one picture", f"Give at most {MOST_RUNS}.")
+    runs = [load(path) for path in paths]
+    names = unique_names(runs)
+    charts = make_charts(runs, names)
+    click.echo(text_table(runs, names))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        html, png = output / "compare.html", output / "compare.png"
+        write_atomically(html, render(runs, names, charts))
+        if have_matplotlib():
+            draw([(chart.frame, chart.curves) for chart in charts], png)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {output}: {error.strerror}", "Choose another --output.") from error
+    click.echo(f"\nwritten: {html}")
+    click.echo(f"written: {png}" if have_matplotlib() else MISSING)
+
+
+def unique_names(runs: Sequence[RunFigures]) -> list[str]:
+    """A name for each run; folders of one name are told apart by their parents."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name} ({run.path.parent.name}/{run.path.name})"
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def row(run: RunFigures, name: str) -> list[str]:
+    """What the table says of a run."""
+    totals, peak = run.totals, run.peak_bytes
+    return [
+        name,
+        run.plan.strategy,
+        run.plan.engine,
+        run.kind,
+        str(run.plan.processes),
+        str(run.plan.global_batch),
+        f"{totals.steps:,}",
+        f"{totals.samples:,}",
+        f"{totals.tokens:,}",
+        duration(totals.seconds),
+        f"{totals.samples_per_second or 0:,.2f}",
+        f"{totals.tokens_per_second or 0:,.0f}",
+        f"{totals.final_loss:.4f}",
+        size(peak) if peak is not None else "–",
+    ]
+
+
+def text_table(runs: Sequence[RunFigures], names: Sequence[str]) -> str:
+    """The table for the terminal: a column a run, so that it stays narrow."""
+    columns = [HEAD, *(row(run, name) for run, name in zip(runs, names, strict=True))]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for cells in zip(*columns, strict=True):
+        first, *others = cells
+        lines.append(
+            "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))])
+        )
+    return "\n".join(lines)
+
+
+def make_charts(runs: Sequence[RunFigures], names: Sequence[str]) -> list[Chart]:
+    """Loss and epochs over steps, loss over time, tokens per second."""
+    by_step = [points(run.training, "step", "loss") for run in runs]
+    epochs = [[(0.0, 0.0), *points(run.training, "step", "epoch")] for run in runs]
+    speed = [points(run.training, "step", "tokens_per_second") for run in runs]
+    over_seconds = [over_time(run) for run in runs]
+    return [
+        Chart(Frame("Training loss by step", STEP, LOSS, whole_x=True), nested_curves(names, by_step)),
+        Chart(Frame("Epochs done by step", STEP, "epochs", whole_x=True, zero=True), nested_curves(names, epochs)),
+        Chart(Frame("Training loss over time", "training time (s)", LOSS), nested_curves(names, over_seconds)),
+        Chart(Frame("Throughput", STEP, "tokens per second", whole_x=True, zero=True), nested_curves(names, speed)),
+    ]
+
+
+def nested_curves(names: Sequence[str], of_runs: Sequence[list[Point]]) -> list[Curve]:
+    """A curve a run. At one global batch runs coincide by steps: the earlier is then drawn wider, and all are seen."""
+    curves = []
+    for place, (name, mine) in enumerate(zip(names, of_runs, strict=True)):
+        above = sum(coincide(mine, other) for other in of_runs[place + 1 :])
+        curves.append(Curve(name, mine, place, 2.0 + 2.5 * above))
+    return curves
+
+
+def coincide(one: list[Point], other: list[Point]) -> bool:
+    """Whether curves that share places differ by less than the eye sees, 1% of their range."""
+    there = dict(other)
+    shared = [(y, there[x]) for x, y in one if x in there and x > 0]
+    values = [y for pair in shared for y in pair]
+    return bool(shared) and max(abs(a - b) for a, b in shared) <= 0.01 * (max(values) - min(values))
+
+
+def over_time(run: RunFigures) -> list[Point]:
+    """(seconds of training so far, loss)."""
+    seconds, result = 0.0, []
+    for step in run.training:
+        seconds += step.get("seconds", 0.0)
+        result.append((seconds, float(step["loss"])))
+    return result
+
+
+def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Chart]) -> str:
+    """compare.html."""
+    models = sorted({run.config.model.rstrip("/").rpartition("/")[2] for run in runs})
+    rows = [row(run, name) for run, name in zip(runs, names, strict=True)]
+    return page(
+        f"{len(runs)} runs compared",
+        tag("h1", f"{len(runs)} runs compared"),
+        tag("p", ", ".join(models), class_="muted"),
+        tag("h2", "Figures"),
+        table(HEAD, rows, TEXT_COLUMNS),
+        tag("h2", "Curves"),
+        tag("div", *(line_chart(chart.frame, chart.curves) for chart in charts), class_="charts"),
+    )

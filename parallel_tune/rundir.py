@@ -1,0 +1,145 @@
+"""The run directory: where everything about a run lies, and what each process says of its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.outcome import Outcome as Outcome
+from parallel_tune.outcome import load, log_file, outcome_file, save
+from parallel_tune.outcome import write_atomically as write_atomically
+from strategies.contracts import Plan
+from strategies.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def result(self, config: TrainConfig) -> Path:
+        """Where the trained weights go."""
+        return self.model if config.full_finetuning else self.adapter
+
+    def log(self, rank: int) -> Path:
+        return log_file(self.logs, rank)
+
+    def outcome(self, rank: int) -> Path:
+        return outcome_file(self.logs, rank)
+
+    def read(self) -> tuple[TrainConfig, Plan]:
+        """The settings and the plan that the run obeys.
+
+        Raises:
+            ConfigError: the folder is no run directory.
+        """
+        try:
+            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            plan = self.plan.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} is not a run directory: {error.filename} cannot be read",
+                "Give the folder that a training run named as its run directory.",
+            ) from error
+        return make_config(settings), Plan.from_json(plan)
+
+
+def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
+    """Make the run directory and write config and plan into it.
+
+    Raises:
+        ConfigError: the directory holds a run already, or cannot be made.
+    """
+    if config.output_dir is not None:
+        path = Path(config.output_dir)
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
+        path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
+    run = RunDir(path.absolute())
+    if run.plan.exists() or run.config.exists():
+        raise ConfigError(
+            f"{path} holds a run already",
+            f"Go on with it by `parallel-tune resume {path}`, or choose another --output_dir.",
+        )
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.config, config.to_yaml())
+        write_atomically(run.plan, plan.to_json())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run directory {path}: {error.strerror}", "Choose another --output_dir."
+        ) from error
+    return run
+
+
+def unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def write_outcome(run: RunDir, rank: int, outcome: Outcome) -> None:
+    save(run.outcome(rank), outcome)
+
+
+def read_outcome(run: RunDir, rank: int) -> Outcome | None:
+    """What the rank said, or None if it ended without a word."""
+    return load(run.outcome(rank))
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """All complete rows of metrics.jsonl; where a resumed run trained a step again, the later row counts."""
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    try:
+        lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows[(int(row["step"]), "eval_loss" in row)] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [rows[key] for key in sorted(rows)]

@@ -1,0 +1,72 @@
+"""Experiment trackers: which are known, and which a run reports to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from strategies.errors import ConfigError
+
+AUTO = "auto"
+NONE = "none"
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": ("kubeflow",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Trackers by their transformers names, each with the packages of which it needs one."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse trackers that nobody knows.
+
+    Raises:
+        ConfigError: an unknown name, or "auto" or "none" beside others.
+    """
+    for name in names:
+        if name in (AUTO, NONE) and len(names) > 1:
+            raise ConfigError(
+                f"report_to = {', '.join(names)}: {name} stands alone", "Name the trackers, or one of it."
+            )
+        if name not in PACKAGES and name not in (AUTO, NONE):
+            near = difflib.get_close_matches(name, PACKAGES, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(PACKAGES)}; or {AUTO}, or {NONE}."
+            raise ConfigError(f"report_to = {name!r} is no tracker that is known", hint)
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse trackers that were asked for by name and are not installed, before a model is loaded.
+
+    Raises:
+        ConfigError: a tracker's package is missing.
+    """
+    for name in names:
+        if name in PACKAGES and not _installed(name):
+            package = PACKAGES[name][0]
+            raise ConfigError(
+                f"report_to = {name}, and the package {package} is not installed",
+                f"Install {package}, or use --report_to {NONE}.",
+            )
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The trackers to report to: "auto" is TensorBoard where it is installed."""
+    if list(names) == [AUTO]:
+        return ["tensorboard"] if _installed("tensorboard") else []
+    return [name for name in names if name != NONE]
+
+
+def _installed(name: str) -> bool:
+    return any(find_spec(package) is not None for package in PACKAGES[name])

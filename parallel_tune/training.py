@@ -1,0 +1,236 @@
+"""One trainer for every strategy: TRL's SFTTrainer over our own global batches. It sees a Session, never a strategy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import AutocastKwargs
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from parallel_tune.checkpoint import mark_complete, rotate
+from parallel_tune.config import TrainConfig
+from parallel_tune.data import EncodedRows, collate
+from parallel_tune.evaluation import held_out_loss
+from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
+from parallel_tune.trackers import chosen
+from strategies.base import Schedule, Session
+from strategies.contracts import Plan
+
+
+class EpochDataLoader(DataLoader):  # type: ignore[type-arg]
+    """A DataLoader that tells its batch sampler which epoch begins."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class Arguments(SFTConfig):  # type: ignore[misc]
+    """SFTConfig whose CPU device has no index: torch.load cannot map a checkpoint to "cpu:0"."""
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose steps are global batches, and whose loss is the mean over all their predicted tokens."""
+
+    def __init__(
+        self, *, batches: GlobalBatches, session: Session, plan: Plan, keep: int | None, **kwargs: Any
+    ) -> None:
+        self.batches = batches
+        self.session = session
+        self.plan = plan
+        self._keep = keep
+        self._evaluated: tuple[int, float] | None = None
+        self._waiting: list[Any] = []
+        super().__init__(**kwargs)
+        # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
+        if hasattr(self.model, "peft_config"):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if session.schedule is not None:
+            # Autocast's cache of cast weights is the whole process's: it would hand one thread's tensor to another.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+        if self.accelerator.ddp_handler is not None:
+            # Gradients live in the buckets: no second copy of them.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's share; accelerate's own sharding would feed rows of a short last batch twice."""
+        sampler = MicroBatchSampler(
+            self.batches,
+            self.session.rank,
+            self.plan.processes,
+            self.plan.micro_batch,
+            self.plan.gradient_accumulation_steps,
+            is_split=self.plan.processes == 1 and len(self.plan.devices) > 1,
+        )
+        return EpochDataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.session.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one step, and the predicted tokens of the global batch.
+
+        The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU.
+        """
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        return micro_batches, torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, normalised over the global batch.
+
+        TRL's needs a Triton kernel, so a GPU, and gathers metrics over all ranks in each micro-batch.
+        """
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; where the session has a schedule, the step's last call runs them all through it.
+
+        transformers adds up what this returns, gradients are clipped and applied after the last call: both see just
+        what they would see if the micro-batches had been taken in turn.
+        """
+        schedule = self.session.schedule
+        if schedule is None:
+            # The loss of a split model lies where its head is.
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss.to(self.args.device)
+        self._waiting.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        waiting, self._waiting = self._waiting, []
+        *earlier, last = self._run_step(schedule, model, waiting, num_items_in_batch)
+        for loss in earlier:
+            self._tr_loss += loss  # one by one, as they are summed without a schedule
+        return last
+
+    def _run_step(self, schedule: Schedule, model: Any, waiting: list[Any], num_items: Any) -> list[torch.Tensor]:
+        """The losses of a step's micro-batches, after forward and backward of all."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        micro_batches = []
+        for inputs in waiting:
+            labels = inputs["labels"].to(schedule.labels_device)
+            rest = self._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+            micro_batches.append({**rest, "labels": labels})
+        num_items = num_items.to(schedule.labels_device)
+
+        def forward(_: int, inputs: dict[str, Any]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+            return loss
+
+        # Seed and step together tell the dropout of this step from that of any other.
+        key = (self.args.seed << 32) + self.state.global_step
+        losses = schedule.run(micro_batches, forward, backward=self.accelerator.backward, key=key)
+        return [loss.to(self.args.device) for loss in losses]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per predicted token of the held-out rows, over all ranks; computed once a step."""
+        if eval_dataset is None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return {f"{metric_key_prefix}_loss": self._evaluated[1]}
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
+        self._evaluated = (self.state.global_step, loss)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Past TRL's, which would write a model card of its own.
+        Trainer._save_checkpoint(self, model, trial)
+        self.session.barrier()
+        if self.session.is_main:
+            run = Path(self.args.output_dir)
+            mark_complete(run / f"checkpoint-{self.state.global_step}")
+            rotate(run, self._keep)
+        self.session.barrier()
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    train_rows: EncodedRows,
+    held_out_rows: EncodedRows | None,
+    batches: GlobalBatches,
+    config: TrainConfig,
+    plan: Plan,
+    session: Session,
+    dtype: torch.dtype,
+    run_path: Path,
+    engine_arguments: dict[str, Any],
+    callbacks: list[TrainerCallback],
+) -> GlobalBatchTrainer:
+    """The trainer of this rank, ready for `train()`."""
+    half = dtype != torch.float32
+    arguments = Arguments(
+        output_dir=str(run_path),
+        run_name=config.run_name,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        seed=config.seed,
+        bf16=half and dtype == torch.bfloat16,
+        fp16=half and dtype == torch.float16,
+        logging_strategy="steps",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        # It hides a loss that is not finite, and waits for the GPU in every micro-batch.
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        eval_strategy="steps" if config.eval_steps and held_out_rows is not None else "no",
+        eval_steps=config.eval_steps or None,
+        report_to=chosen(config.report_to) or "none",
+        ddp_timeout=config.ddp_timeout,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **session.training_arguments(),
+        **engine_arguments,
+    )
+    return GlobalBatchTrainer(
+        batches=batches,
+        session=session,
+        plan=plan,
+        keep=config.save_total_limit,
+        model=model,
+        args=arguments,
+        train_dataset=train_rows.to_dataset(),
+        eval_dataset=held_out_rows.to_dataset() if held_out_rows is not None else None,
+        processing_class=tokenizer,
+        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+        callbacks=callbacks,
+    )

@@ -1,0 +1,144 @@
+"""The one entry of a training process: obey the plan, train, save, report, and leave with a code that says it.
+
+python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from parallel_tune.launch import pid_file
+from parallel_tune.process import die_with_parent, leave, redirect_output
+from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
+from strategies.errors import ParallelTuneError, RunFailed, Stopped
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Train as the run directory says. Never returns."""
+    die_with_parent()
+    run = RunDir(Path(arguments[0]))
+    checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
+    rank = int(os.environ.get("RANK", "0"))
+    redirect_output(run.log(rank))
+    write_atomically(pid_file(run, rank), str(os.getpid()))
+    run_to_its_end(run, rank, checkpoint)
+
+
+def run_to_its_end(
+    run: RunDir, rank: int, checkpoint: Path | None, at_end: Callable[[Outcome], None] = lambda _: None
+) -> NoReturn:
+    """Train, write this rank's outcome and end the process with its code.
+
+    What training held stays referenced until the process is gone: freeing a process group's last references can wait
+    for ever for another rank's threads, and can abort after all work is done.
+    """
+    held: list[Any] = []
+    try:
+        held.append(train(run, checkpoint))
+        outcome = Outcome(0)
+    except ParallelTuneError as error:
+        held.append(error)
+        outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
+    except BaseException as error:
+        held.append(error)
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        outcome = Outcome(1, message, _hint(error), traceback.format_exc())
+    write_outcome(run, rank, outcome)
+    at_end(outcome)
+    leave(outcome.code)
+
+
+def _hint(error: BaseException) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "The device's memory did not suffice, so the prediction was wrong: use a smaller "
+            "--per_device_train_batch_size or --max_seq_length, or --use_gradient_checkpointing full."
+        )
+    return "The log of the rank has the whole story; --debug shows the traceback here."
+
+
+def train(run: RunDir, checkpoint: Path | None) -> Any:
+    """One rank's whole training. Returns what must not be freed while the process lives.
+
+    Raises:
+        Stopped: a signal ended it; a checkpoint is on disk.
+        ParallelTuneError: it could not be done, and why.
+    """
+    started = time.monotonic()
+    config, plan = run.read()
+    from parallel_tune.engines import open_engine
+
+    engine = open_engine(plan.engine)
+    engine.prepare()  # before transformers, trl and peft are imported
+
+    import torch
+
+    from parallel_tune import report
+    from parallel_tune.callbacks import MetricsWriter, StopAtSignal
+    from parallel_tune.data.prepare import prepare_data
+    from parallel_tune.sampler import GlobalBatches
+    from parallel_tune.training import build_trainer
+    from strategies.registry import load_registry
+
+    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
+    stop = StopAtSignal(session)
+    stop.listen()
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    model, tokenizer = engine.load(config, plan, session, dtype)
+    train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
+    batches = GlobalBatches(
+        lengths=tuple(train_rows.lengths),
+        targets=tuple(train_rows.answer_tokens),
+        global_batch=plan.global_batch,
+        seed=config.seed,
+    )
+    model = engine.add_adapters(model, config, plan)
+    session.place(model)
+    metrics = MetricsWriter(run, batches, session)
+    trainer = build_trainer(
+        model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
+        engine.training_arguments(plan), [metrics, stop],
+    )  # fmt: skip
+    losses: dict[str, float] = {}
+    if held_out_rows is not None:
+        losses["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Stopped(
+            f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            f"checkpoint-{trainer.state.global_step} is on disk",
+            f"Go on with `parallel-tune resume {run.path}`.",
+        )
+    if held_out_rows is not None:
+        losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+    if session.is_main:
+        save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
+    longest_row = batches.longest_row(trainer.state.global_step)
+    report.write(
+        run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, longest_row,
+        len(set(batches.lengths)) > 1, time.monotonic() - started,
+    )  # fmt: skip
+    session.barrier()
+    session.close()
+    return trainer, session
+
+
+def save_result(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the trained weights; the folder appears only when complete."""
+    part = folder.with_name(f".{folder.name}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        raise RunFailed(f"{folder} exists already", "Move it away and resume the run.")
+    part.rename(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,100 @@
+"""The autograd graph of one micro-batch, cut at every boundary between stages, and its backward pass over the cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from strategies.crossing import copy_to
+from strategies.errors import ParallelTuneError
+from strategies.stages import Stages
+
+
+class CannotCutError(ParallelTuneError):
+    """The model's forward does something that a cut graph cannot follow."""
+
+
+class Passage(Protocol):
+    """What happens around a micro-batch's steps from stage to stage."""
+
+    def go(self, stage: int, backward: bool) -> None:
+        """The stage that comes next; called before anything is done on its device."""
+
+    def arrive(self) -> None:
+        """What crosses the boundary is there: the stage's own work begins."""
+
+
+class Cuts:
+    """Carries one micro-batch over the boundaries, cutting its graph there; a `Carrier`.
+
+    At a boundary each tensor with a gradient becomes a leaf on the next stage's device. Afterwards `backward` runs one
+    backward pass per stage, last stage first, and takes each leaf's gradient to the tensor that the leaf was made from.
+
+    Args:
+        passage: told of every step.
+
+    Attributes:
+        stage: where the forward pass is.
+        pairs: for each stage, the tensors that came to it with a gradient: (the one of the stage before, the leaf).
+        lent: tied weights of stage 0 and the leaves that the head worked with.
+    """
+
+    def __init__(self, stages: Stages, passage: Passage) -> None:
+        self.stage = 0
+        self.pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in stages.devices]
+        self.lent: list[tuple[Tensor, Tensor]] = []
+        self._stages = stages
+        self._passage = passage
+        self._grad = torch.is_grad_enabled()
+
+    def cross(self, stage: int, tensors: Sequence[Tensor], late: bool) -> Sequence[Tensor]:
+        """Bring tensors to `stage`.
+
+        Raises:
+            CannotCutError: stages do not follow one another, or the boundary lies inside a reentrant checkpoint.
+        """
+        if stage != self.stage + (0 if late else 1):
+            raise CannotCutError(f"stage {stage} follows stage {self.stage}: the layers run more than once a pass")
+        if torch.is_grad_enabled() != self._grad:
+            raise CannotCutError(f"the layers of stage {stage} run inside a checkpoint that spans several layers")
+        if not late:
+            self._passage.go(stage, backward=False)
+            self.stage = stage
+            self._stages.count(stage)
+        copies = [self._cut(tensor, self._stages.devices[stage], self.pairs[stage]) for tensor in tensors]
+        if not late:
+            self._passage.arrive()
+        return copies
+
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        """A leaf that stands for a weight of stage 0."""
+        return self._cut(weight, device, self.lent)
+
+    def _cut(self, tensor: Tensor, device: torch.device, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        copy = copy_to(tensor.detach(), device)
+        if self._grad and tensor.requires_grad:
+            pairs.append((tensor, copy.requires_grad_()))
+        return copy
+
+    def backward(self) -> None:
+        """Walk from the last stage's cut back to stage 0; the last stage's own backward has been run."""
+        for stage in reversed(range(len(self.pairs) - 1)):
+            self._passage.go(stage, backward=True)
+            pairs, self.pairs[stage + 1] = self.pairs[stage + 1], []
+            if any(leaf.grad is not None for _, leaf in pairs):
+                self._stages.count(stage + 1, backward=True)
+            if stage == 0:
+                pairs, self.lent = pairs + self.lent, []
+            roots = [source for source, leaf in pairs if leaf.grad is not None]
+            gradients = [_brought(leaf.grad, source.device) for source, leaf in pairs if leaf.grad is not None]
+            pairs.clear()  # the leaves and their gradients are of no more use
+            self._passage.arrive()
+            if roots:
+                torch.autograd.backward(roots, gradients)
+
+
+def _brought(gradient: Tensor, device: torch.device) -> Tensor:
+    return gradient if gradient.device == device else copy_to(gradient, device)

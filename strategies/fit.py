@@ -1,0 +1,47 @@
+"""Whether a predicted peak fits a device, how full it makes it, and the words that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from strategies.contracts import Device, DevicePlan
+
+SAFETY_MARGIN = 0.03
+"""Share of the free memory that no plan touches.
+
+It covers what a closed form cannot see: allocator fragmentation, a library that loads its workspace late, a desktop
+that opens a window. The estimate already counts context and reserve, so this is for its error alone.
+"""
+
+GIB = 2**30
+
+
+def usable_bytes(device: Device | DevicePlan) -> int:
+    """What a plan may fill of a device: its free memory less the safety margin."""
+    return int(device.free_bytes * (1 - SAFETY_MARGIN))
+
+
+def fullness(peak_bytes: int, device: Device | DevicePlan) -> float:
+    """Predicted use over usable memory; a peak fits when this is at most 1."""
+    usable = usable_bytes(device)
+    return peak_bytes / usable if usable > 0 else float("inf")
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as GiB with one decimal, e.g. "79.6 GiB"."""
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def shortfall_bytes(device: DevicePlan) -> int:
+    """Bytes by which a planned device is too small; 0 where it fits."""
+    return max(0, device.predicted_peak_bytes - usable_bytes(device))
+
+
+def shortfall_lines(devices: Sequence[DevicePlan]) -> tuple[str, ...]:
+    """A sentence for each device that is too small for its share of the plan."""
+    return tuple(
+        f"device {device.index} ({device.name}) needs {gib(device.predicted_peak_bytes)} and has "
+        f"{gib(usable_bytes(device))} usable, {gib(shortfall_bytes(device))} short"
+        for device in devices
+        if shortfall_bytes(device) > 0
+    )

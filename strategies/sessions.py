@@ -1,0 +1,170 @@
+"""What a training process holds open: its place among the processes, and its devices. Runs in workers only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from strategies.contracts import Plan
+from strategies.visit import busy_shares
+
+if TYPE_CHECKING:
+    from strategies.pipeline import Lanes
+    from strategies.stages import Stages
+
+
+class ReplicaSession:
+    """One process of ddp: a whole replica on one device, gradients averaged over all processes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._cuda = plan.devices[0].kind == "cuda"
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
+        if self.world_size != plan.processes:
+            raise AssertionError(f"the plan has {plan.processes} processes, the launcher started {self.world_size}")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if self._cuda else torch.device("cpu")
+
+    @property
+    def schedule(self) -> None:
+        return None
+
+    def device_map(self) -> dict[str, int | str]:
+        return {"": self.local_rank if self._cuda else "cpu"}
+
+    def place(self, model: Any) -> None:
+        """Nothing is left to do: the whole model was loaded onto this process's device."""
+
+    def training_arguments(self) -> dict[str, Any]:
+        return {"use_cpu": not self._cuda, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+
+    def any(self, flag: bool) -> bool:
+        return self.sum([float(flag)])[0] > 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        total = torch.tensor(list(values), dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        # A sum of CPU tensors goes through gloo and leaves the GPUs alone.
+        self.sum([0.0])
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing: tearing a process group down can abort or wait for ever; the process's end releases it."""
+
+
+class SplitSession:
+    """The one process of model_parallel: one model, consecutive layers on each device."""
+
+    rank = 0
+    world_size = 1
+    is_main = True
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._cuda = plan.devices[0].kind == "cuda"
+        self._stages: Stages | None = None
+        self._lanes: Lanes | None = None
+        if self._cuda:
+            torch.cuda.set_device(0)
+
+    def _stage_devices(self) -> list[torch.device]:
+        return [torch.device("cuda", at) if self._cuda else torch.device("cpu") for at in self._plan.ordinals]
+
+    @property
+    def device(self) -> torch.device:
+        return self._stage_devices()[0]
+
+    def device_map(self) -> dict[str, int | str]:
+        if not self._cuda:
+            return {"": "cpu"}
+        # Only the plan's devices are visible to this process, in the plan's order.
+        return {name: self._plan.visible.index(int(index)) for name, index in self._plan.device_map.items()}
+
+    def place(self, model: Any) -> None:
+        from strategies.pipeline import Lanes
+        from strategies.stages import split
+
+        cuts = [device.layers[0] for device in self._plan.devices]
+        self._stages = split(model, cuts, self._stage_devices())
+        if self._plan.lanes > 1:
+            # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
+            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True)
+
+    @property
+    def schedule(self) -> Lanes | None:
+        return self._lanes
+
+    def training_arguments(self) -> dict[str, Any]:
+        return {"use_cpu": not self._cuda}
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        """One process never waits for another."""
+
+    def report(self) -> dict[str, Any]:
+        if self._stages is None:
+            return {}
+        found: dict[str, Any] = {
+            "lanes": self._plan.lanes,
+            "lanes_reason": self._lanes.reason if self._lanes else None,
+            "crossings": [vars(crossings).copy() for crossings in self._stages.crossings],
+        }
+        if self._lanes and (timeline := self._lanes.timeline()):
+            shares = busy_shares(timeline, len(self._stages))
+            found["stages"] = [{"busy_share": share} for share in shares]
+            found["timeline"] = [vars(segment).copy() for segment in timeline]
+        return found
+
+    def close(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
+
+
+def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:
+    """Join the process group that the launcher's variables describe; the device is chosen before anything uses it."""
+    session = ReplicaSession(plan)
+    if plan.devices[0].kind == "cuda":
+        torch.cuda.set_device(session.local_rank)
+    if session.world_size > 1 and not dist.is_initialized():
+        cuda = plan.devices[0].kind == "cuda"
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=session.device if cuda else None,
+        )
+    return session
+
+
+def open_split(plan: Plan) -> SplitSession:
+    """Take all devices of the plan for this one process."""
+    return SplitSession(plan)

@@ -1,0 +1,156 @@
+"""One micro-batch's way through the segments: taking and giving back tokens, streams and events, the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from strategies.board import Board
+from strategies.randomness import generator_of, seed_of
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the schedule as it ran, in seconds since the run began: one bar of its picture.
+
+    Attributes:
+        stage: where; the device is that of the stage.
+        direction: "forward" or "backward"; at the last stage a micro-batch's both are one "forward+backward".
+    """
+
+    stage: int
+    micro_batch: int
+    direction: str
+    start: float
+    end: float
+
+
+def busy_shares(segments: Sequence[Segment], num_stages: int) -> list[float]:
+    """For each stage, the share of the whole schedule's time that it worked."""
+    whole = max(segment.end for segment in segments) - min(segment.start for segment in segments)
+    busy = [0.0] * num_stages
+    for segment in segments:
+        busy[segment.stage] += segment.end - segment.start
+    return [seconds / whole if whole > 0 else 0.0 for seconds in busy]
+
+
+class Clock:
+    """Times on the host or, for a CUDA device, of the device itself, by events.
+
+    Args:
+        align: wait for the devices before the clock starts, so that times of distinct GPUs compare exactly.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], align: bool) -> None:
+        self._zero: dict[torch.device, torch.cuda.Event] = {}
+        gpus = {device for device in devices if device.type == "cuda"}
+        if align:
+            for device in gpus:
+                torch.cuda.synchronize(device)
+        self._start = time.perf_counter()
+        for device in gpus:
+            self._zero[device] = self.mark(device)  # type: ignore[assignment]
+
+    def mark(self, device: torch.device) -> float | torch.cuda.Event:
+        """This moment on `device`, in its current stream's order."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def seconds(self, device: torch.device, mark: float | torch.cuda.Event) -> float:
+        """A mark in seconds since the clock's start; waits until the device has reached it."""
+        if isinstance(mark, float):
+            return mark - self._start
+        mark.synchronize()
+        return float(self._zero[device].elapsed_time(mark)) / 1000
+
+
+@dataclass
+class Course:
+    """What the visits of one run share.
+
+    Attributes:
+        devices: of the stages.
+        streams: where each GPU's segments work, all lanes' alike.
+        seeds: devices whose generator each forward segment seeds, by stage; empty for a model without dropout.
+        key: tells this run's random numbers from other runs'.
+        marks: (stage, micro-batch, direction, start, end) in the clock's marks.
+    """
+
+    board: Board
+    clock: Clock
+    devices: tuple[torch.device, ...]
+    streams: Mapping[torch.device, torch.cuda.Stream]
+    seeds: tuple[tuple[torch.device, ...], ...]
+    key: tuple[int, ...]
+    marks: list[tuple[int, int, str, float | torch.cuda.Event, float | torch.cuda.Event]] = field(default_factory=list)
+
+    def segments(self) -> list[Segment]:
+        """The schedule as it ran, by start; waits for the devices to finish it."""
+        result = []
+        for stage, micro_batch, direction, start, end in self.marks:
+            seconds = [self.clock.seconds(self.devices[stage], mark) for mark in (start, end)]
+            result.append(Segment(stage, micro_batch, direction, *seconds))
+        return sorted(result, key=lambda segment: segment.start)
+
+
+class Visit:
+    """One micro-batch in one lane; holds at most one token at a time.
+
+    On the GPU whose token it holds the lane works on the stream that all lanes share there, so that their work keeps
+    the order in which they held the token. On any other GPU its stream is one of its own, which has waited for what
+    the lane did there: copies to the next GPU leave on it, without holding up whoever has the token now.
+
+    Args:
+        aside: the lane's own stream of each GPU.
+    """
+
+    def __init__(self, course: Course, micro_batch: int, aside: Mapping[torch.device, torch.cuda.Stream]) -> None:
+        self._course = course
+        self._micro_batch = micro_batch
+        self._aside = aside
+        self._stage = -1
+        self._backward = False
+        self._start: float | torch.cuda.Event = 0.0
+
+    def go(self, stage: int, backward: bool) -> None:
+        """Leave the segment held, if any, then wait for this one and enter it.
+
+        Raises:
+            Aborted: another lane failed.
+        """
+        self.leave()
+        course, device = self._course, self._course.devices[stage]
+        course.board.acquire(stage, self._micro_batch, backward)
+        self._stage, self._backward = stage, backward
+        if device.type == "cuda":
+            torch.cuda.set_stream(course.streams[device])
+            torch.cuda.set_device(device)  # hand-written kernels launch on the current device
+        if not backward:
+            for seeded in course.seeds[stage]:
+                generator_of(seeded).manual_seed(seed_of(*course.key, self._micro_batch, stage))
+
+    def arrive(self) -> None:
+        """The segment's inputs are on its device: its time begins."""
+        self._start = self._course.clock.mark(self._course.devices[self._stage])
+
+    def leave(self) -> None:
+        """Give the token back, if one is held, after the work issued on the device so far."""
+        if self._stage < 0:
+            return
+        course, stage = self._course, self._stage
+        device = course.devices[stage]
+        end = course.clock.mark(device)
+        if isinstance(end, torch.cuda.Event):
+            self._aside[device].wait_event(end)
+            torch.cuda.set_stream(self._aside[device])
+        last = stage == len(course.devices) - 1
+        direction = "forward+backward" if last else "backward" if self._backward else "forward"
+        course.marks.append((stage, self._micro_batch, direction, self._start, end))
+        self._stage = -1
+        course.board.release(stage, self._micro_batch, self._backward)

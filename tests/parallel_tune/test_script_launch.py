@@ -1,0 +1,127 @@
+"""Real scripts under both strategies, on virtual devices of the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "scripts"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", folder], check=True, timeout=240)
+    return folder
+
+
+def launch(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "TORCHELASTIC_", "SLURM_"))}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "parallel_tune", "launch", "--output_dir", "run", *map(str, arguments)],
+        env=clean | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_its_own(
+    tmp_path: Path, model: Path
+) -> None:
+    beside = tmp_path / "project"
+    (beside / "strategies").mkdir(parents=True)
+    (beside / "strategies" / "__init__.py").write_text("OURS = True\n")
+    shutil.copy(SCRIPTS / "train_lm.py", beside)
+    with (beside / "train_lm.py").open("a") as file:
+        file.write(
+            "    import parallel_tune, strategies\n    assert strategies.OURS\n    print(parallel_tune.placement())\n"
+        )
+    data = ROOT / "examples" / "short_answers.jsonl"
+    done = launch(
+        tmp_path,
+        "--strategy",
+        "ddp",
+        "--hardware",
+        "cpu:2",
+        beside / "train_lm.py",
+        model,
+        data,
+        "out",
+        "--max_steps",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    # Two rows on each of two processes make four of the 266 rows a step.
+    assert "'epoch': '0.02985'" in done.stdout
+    logs = tmp_path / "run" / "logs"
+    for rank in range(2):
+        assert f"Placement(strategy='ddp', rank={rank}, world_size=2" in (logs / f"rank-{rank}.log").read_text()
+        assert json.loads((logs / f"rank-{rank}.json").read_text())["code"] == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path) -> None:
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == 2
+
+
+def test_under_model_parallel_a_script_is_one_process(tmp_path: Path, model: Path) -> None:
+    done = launch(tmp_path, "--strategy", "model_parallel", "--hardware", "cpu:2", SCRIPTS / "reward.py", model, "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "run" / "logs").glob("rank-*.json")] == ["rank-0.json"]
+    assert "the script runs in one process" in done.stdout
+
+
+def test_a_map_that_reading_cannot_see_is_refused_as_it_is_loaded(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "settings.py").write_text("HOW = {'device_' + 'map': 'auto'}\n")
+    (tmp_path / "train.py").write_text(
+        "import sys\nfrom settings import HOW\nfrom transformers import AutoModelForCausalLM\n"
+        "try:\n    AutoModelForCausalLM.from_pretrained(sys.argv[1], **HOW)\nexcept Exception:\n    pass\n"
+        "print('went on')\n"
+    )
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", model)
+    assert done.returncode == 4
+    assert "train.py:5: device_map='auto' splits" in done.stderr
+    assert "went on" not in done.stdout
+
+
+def test_a_map_that_reading_sees_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("\n\nload('m', device_map='auto')\n")
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", "train.py")
+    assert done.returncode == 4
+    assert "train.py:3: device_map='auto' splits" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failing_rank_is_named_with_its_log_and_the_others_are_ended(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, time\nif os.environ['RANK'] == '1':\n    raise KeyError('lost')\ntime.sleep(600)\n"
+    )
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", "train.py")
+    assert done.returncode == 1
+    assert "rank 1: KeyError: 'lost'" in done.stderr
+    assert "train.py:3" in done.stderr
+    assert "rank-1.log" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(0)", 0), ("os._exit(0)", 0), ("sys.exit(75)", 1), ("os._exit(3)", 1)]
+)
+def test_the_ways_a_script_may_end(tmp_path: Path, end: str, code: int) -> None:
+    (tmp_path / "train.py").write_text(f"import os, sys\nprint('arguments', sys.argv[1:], flush=True)\n{end}\n")
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", "--strategy", "mine", "-x")
+    assert done.returncode == code
+    assert "arguments ['--strategy', 'mine', '-x']" in done.stdout
