@@ -113,6 +113,34 @@ def resume(run: str, debug: bool) -> None:
 
 @program.command(context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
+@click.option(
+    "--save_method",
+    default="lora",
+    show_default=True,
+    type=click.Choice(["lora", "merged_16bit", "merged_4bit", "gguf"]),
+)
+@click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
+@click.option("--quantization", default="f16", show_default=True, help="Type of a GGUF file: f16, bf16, q8_0, f32.")
+@click.option("--push_model", default=None, help="Hub repository to push to, e.g. me/my-model; made private if new.")
+@click.option("--hub_token", default=None, help="Token for the push; else HF_TOKEN or the stored login.")
+@debug_option
+def export(
+    run: str,
+    save_method: str,
+    save_path: str,
+    quantization: str,
+    push_model: str | None,
+    hub_token: str | None,
+    debug: bool,
+) -> None:
+    """Write what a RUN trained as an adapter, a merged model or a GGUF file, with a model card."""
+    from parallel_tune.export import Export, export_run
+
+    export_run(Path(run), Export(save_method, save_path, quantization, push_model), hub_token)
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("run", type=click.Path(file_okay=False))
 @debug_option
 def report(run: str, debug: bool) -> None:
     """Write RUN/report.html anew."""

@@ -270,9 +270,14 @@ def pid_file(run: RunDir, rank: int) -> Path:
 
 def failure(rank: int, outcome: Outcome, run: RunDir) -> ParallelTuneError:
     """The error that a rank reported, with its exit code."""
+    return failure_of(outcome, f"rank {rank}", run.log(rank))
+
+
+def failure_of(outcome: Outcome, who: str, log: Path) -> ParallelTuneError:
+    """The error that a process reported, with its exit code."""
     kinds = {kind.exit_code: kind for kind in ParallelTuneError.__subclasses__()}
     kind = kinds.get(outcome.code, RunFailed)
-    error = kind(f"rank {rank}: {outcome.message}", f"{outcome.hint}\nLog: {run.log(rank)}".strip())
+    error = kind(f"{who}: {outcome.message}", f"{outcome.hint}\nLog: {log}".strip())
     error.trace = outcome.trace
     return error
 

@@ -67,7 +67,8 @@ class LivePanel:
 
     def render(self) -> Group:
         """The panel as it stands."""
-        return Group(Text(headline(self._plan), style="bold"), *self._training(), self._devices())
+        # A terminal echoes ^C where the cursor is: on an empty last line it does not move the panel.
+        return Group(Text(headline(self._plan), style="bold"), *self._training(), self._devices(), Text(""))
 
     def _training(self) -> list[Any]:
         progress = self._progress

@@ -123,7 +123,7 @@ def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> Tr
     )
 
 
-def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int) -> list[MemoryEstimate]:
+def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: bool) -> list[MemoryEstimate]:
     """What each device of a plan needs when no row is longer than `longest_row` tokens.
 
     The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
@@ -131,6 +131,8 @@ def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int) -> list[
     """
     facts = load_model_facts(config.model)
     settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
+    if not padded:
+        settings = replace(settings, attention_mask=False)  # rows of one length need none
     estimator = ClosedFormEstimator(facts, settings)
     split = plan.processes == 1 and len(plan.devices) > 1
     arrangement = Arrangement(

@@ -52,6 +52,7 @@ def write(
     losses: dict[str, float],
     data: Any,
     longest_row: int,
+    padded: bool,
     total_seconds: float,
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
@@ -67,6 +68,7 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    predictions = predict_for_rows(config, plan, longest_row, padded)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -95,9 +97,7 @@ def write(
                 **measured.get(device.index, {}),
                 **stage,
             }
-            for device, predicted, stage in zip(
-                plan.devices, predict_for_rows(config, plan, longest_row), stages, strict=True
-            )
+            for device, predicted, stage in zip(plan.devices, predictions, stages, strict=True)
         ],
         "versions": versions(),
     }
@@ -120,11 +120,13 @@ def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
     for place in places:
         ordinal = session.device.index if plan.processes > 1 else plan.ordinals[place]
         free, total = torch.cuda.mem_get_info(ordinal)
+        outside_allocator = total - free - torch.cuda.memory_reserved(ordinal)
+        reserved_peak = torch.cuda.max_memory_reserved(ordinal)
         result[plan.devices[place].index] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(ordinal),
-            "reserved_peak_bytes": torch.cuda.max_memory_reserved(ordinal),
-            # The allocator gives nothing back while the process lives, so what is in use now is the peak.
-            "used_peak_bytes": total - free,
+            "reserved_peak_bytes": reserved_peak,
+            # What lies outside the allocator stays until the end; what it had reserved it may have given back.
+            "used_peak_bytes": outside_allocator + reserved_peak,
         }
     return result
 

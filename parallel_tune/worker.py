@@ -139,7 +139,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     longest_row = batches.longest_row(trainer.state.global_step)
     report.write(
         run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, longest_row,
-        time.monotonic() - started,
+        len(set(batches.lengths)) > 1, time.monotonic() - started,
     )  # fmt: skip
     session.barrier()
     session.close()

@@ -1,9 +1,10 @@
 """What lanes gain over the naive split of one model, and that both give the same gradients.
 
     python examples/benchmarks/lanes.py                                     # two stages on the CPU, small
-    python examples/benchmarks/lanes.py --devices cuda:0,cuda:1 --shape 8b  # bf16 LoRA on two GPUs
+    python examples/benchmarks/lanes.py --devices cuda:0,cuda:1 --shape 8b  # bf16 LoRA on two GPUs, 8 x 2 x 2048 tokens
 
-Random weights, random tokens. Writes results/lanes.HARDWARE.json beside this file.
+Random weights, random tokens; naive and lanes alternate, figures are medians.
+Writes results/lanes.HARDWARE.json beside this file.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout is enough, nothing has to be installed
+
 from strategies.pipeline import Lanes
 from strategies.stages import Stages, split
+from strategies.visit import Segment
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4},
@@ -38,14 +42,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--devices", default="cpu,cpu", help="one a stage, e.g. cuda:0,cuda:1 or cuda:0,cuda:0")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
-    parser.add_argument("--cuts", default="", help="first layer of each stage, e.g. 0,18; equal counts if not given")
+    parser.add_argument(
+        "--cuts", default="", help="first layer of each stage, e.g. 0,18; balanced by measured times if not given"
+    )
     parser.add_argument("--lanes", type=int, default=0, help="as many as stages if not given")
     parser.add_argument("--micro_batches", type=int, default=8)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=0, help="2048 on GPUs, 128 on a CPU if not given")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--full", action="store_true", help="train all weights, not LoRA adapters of rank 16")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(arguments)
 
@@ -62,7 +68,8 @@ def build(options: argparse.Namespace, device: torch.device) -> Any:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if not options.full:
-        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+        adapters = LoraConfig(r=16, target_modules="all-linear")
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     if options.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -73,6 +80,36 @@ def wait(stages: Stages) -> None:
     """Wait until the GPUs, if any, are done."""
     for device in {device for device in stages.devices if device.type == "cuda"}:
         torch.cuda.synchronize(device)
+
+
+def balanced(stages: Stages, inputs: Sequence[dict[str, Tensor]]) -> list[int]:
+    """Cuts that give each stage the same time, by the times of these stages.
+
+    The stages before the last tell the seconds of a layer; what the last one takes beyond its layers is the head's.
+    """
+    with Lanes(stages, 1, align_clocks=True) as lanes:
+        for _ in range(2):  # the first builds tables and pools
+            step(stages, lanes, inputs)
+        busy = stage_seconds(lanes.timeline(), len(stages))
+    layers, last = len(stages.anatomy.layers), stages.cuts[-1]
+    a_layer = sum(busy[:-1]) / last
+    head = max(0.0, busy[-1] / a_layer - (layers - last))  # in layers
+    each = (layers + head) / len(stages)
+    return [min(round(each * stage), layers - len(stages) + stage) for stage in range(len(stages))]
+
+
+def stage_seconds(timeline: Sequence[Segment], count: int) -> list[float]:
+    """Seconds that each stage worked."""
+    return [sum(each.end - each.start for each in timeline if each.stage == stage) for stage in range(count)]
+
+
+def peaks(stages: Stages) -> list[int]:
+    """The most bytes allocated on each GPU since this was last called."""
+    found = []
+    for device in dict.fromkeys(device for device in stages.devices if device.type == "cuda"):
+        found.append(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def step(stages: Stages, lanes: Lanes, inputs: Sequence[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
@@ -106,21 +143,22 @@ def measure(stages: Stages, options: argparse.Namespace, inputs: Sequence[dict[s
     }
     for lanes in both.values():
         step(stages, lanes, inputs)  # the probe, lazily built tables, the allocator's pools
+    peaks(stages)
     for _ in range(options.repeat):
         for name, lanes in both.items():
             seconds, found = step(stages, lanes, inputs)
             gradients[name] = [*gradients[name][-1:], found]
-            timeline = lanes.timeline()
-            busy = [sum(s.end - s.start for s in timeline if s.stage == stage) for stage in range(len(stages))]
-            rows.append({"schedule": name, "seconds": seconds, "stage_busy_seconds": busy, "reason": lanes.reason})
+            busy = stage_seconds(lanes.timeline(), len(stages))
+            row = {"schedule": name, "seconds": seconds, "stage_busy_seconds": busy, "reason": lanes.reason}
+            rows.append({**row, "peak_bytes": peaks(stages)})
     for name, lanes in both.items():
         last = next(row for row in reversed(rows) if row["schedule"] == name)
         last["timeline"] = [vars(segment) for segment in lanes.timeline()]
         lanes.close()
-    best = {name: min((r for r in rows if r["schedule"] == name), key=lambda r: r["seconds"]) for name in both}
+    middle = {name: median([row for row in rows if row["schedule"] == name]) for name in both}
     count, batches = len(stages), len(inputs)
     bound = count * batches / (batches + count - 1)
-    speedup = best["naive"]["seconds"] / best["lanes"]["seconds"]
+    speedup = middle["naive"]["seconds"] / middle["lanes"]["seconds"]
     tokens = batches * options.rows * options.length
     return {
         "rows": rows,
@@ -131,10 +169,18 @@ def measure(stages: Stages, options: argparse.Namespace, inputs: Sequence[dict[s
             "gradient_error": difference(gradients["naive"][-1], gradients["lanes"][-1]),
             "naive_noise": difference(gradients["naive"][-1], gradients["naive"][0]),
             # Below 0.97 the naive run itself wastes time, and the comparison does not count.
-            "naive_share_of_stage_times": sum(best["naive"]["stage_busy_seconds"]) / best["naive"]["seconds"],
-            "tokens_per_second": {name: tokens / row["seconds"] for name, row in best.items()},
+            "naive_share_of_stage_times": sum(middle["naive"]["stage_busy_seconds"]) / middle["naive"]["seconds"],
+            "busy_share": [seconds / middle["lanes"]["seconds"] for seconds in middle["lanes"]["stage_busy_seconds"]],
+            "tokens_per_second": {name: tokens / row["seconds"] for name, row in middle.items()},
+            "peak_bytes": {name: row["peak_bytes"] for name, row in middle.items()},
+            "cuts": list(stages.cuts),
         },
     }
+
+
+def median(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the median time."""
+    return sorted(rows, key=lambda row: float(row["seconds"]))[len(rows) // 2]
 
 
 def hardware(devices: Sequence[torch.device]) -> str:
@@ -151,10 +197,15 @@ def main(arguments: Sequence[str]) -> Path:
     layers = SHAPES[options.shape]["num_hidden_layers"]
     even = [layers * stage // len(devices) for stage in range(len(devices))]
     stages = split(model, [int(cut) for cut in options.cuts.split(",")] if options.cuts else even, devices)
+    options.length = options.length or (128 if devices[0].type == "cpu" else 2048)
     generator = torch.Generator().manual_seed(1)
     shape = (options.micro_batches, options.rows, options.length)
     ids = torch.randint(0, VOCABULARY[options.shape], shape, generator=generator)
     inputs = [{"input_ids": each.to(devices[0]), "labels": each.to(stages.head_device)} for each in ids]
+    if not options.cuts and len(devices) > 1:
+        cuts = balanced(stages, inputs)
+        stages.undo()
+        stages = split(model, cuts, devices)
     record = {
         "name": "lanes",
         "hardware": hardware(devices),

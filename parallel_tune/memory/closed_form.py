@@ -72,8 +72,10 @@ class _Moments:
         self.segments = [self._segment(layer) for layer in self.layers]
         self.stored = [self._stored(segment) for segment in self.segments]
         self.constant = self._constant_bytes()
-        # Every other lane waits somewhere with all that its micro-batch has stored.
-        self.other_lanes = (arrangement.lanes - 1) * (sum(self.stored) + self.constant)
+        # Every other lane may wait with all that its micro-batch has stored; not in the last stage, which takes a
+        # micro-batch's forward and backward in one go.
+        others = 0 if part.head else arrangement.lanes - 1
+        self.other_lanes = others * (sum(self.stored) + self.constant)
 
     def all(self) -> Iterator[MemoryEstimate]:
         if self.part.head:

@@ -41,13 +41,18 @@ def make_axis(
     """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     low = min(low, 0.0) if zero else low
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        high, low = (high + (abs(high) * 0.1 or 1.0)), (low if zero else low - (abs(low) * 0.1 or 1.0))
+    if high - low < 1e-9 * max(1e-3, abs(low), abs(high)):
+        # One value: some room around it.
+        room = 0.1 * abs(high) if abs(high) > 1e-12 else 1.0
+        low, high = low if zero else low - room, high + room
+    if whole:
+        low, high = float(math.floor(low)), float(math.ceil(high))
     step = round_step((high - low) / count)
     if whole:
-        step = max(1.0, float(math.ceil(step)))
+        step = max(1.0, step)
     if not tight:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+        high = max(high, low + step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return Axis(low, high, tuple(index * step for index in range(first, last + 1)))
 

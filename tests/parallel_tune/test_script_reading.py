@@ -91,7 +91,7 @@ def test_auto_takes_the_size_from_the_script(tmp_path: Path) -> None:
     chosen = choose(TrainConfig(load_in_4bit=True, max_seq_length=512), None, large, two_cards)
     assert chosen.plan is not None
     with pytest.raises(NoStrategyFits):
-        choose(TrainConfig(strategy="ddp"), "meta-llama/Llama-3.3-70B-Instruct", large, two_cards)
+        choose(TrainConfig(strategy="ddp"), "meta-llama/Llama-3.1-8B-Instruct", large, parse_hardware("1xT4-16GB"))
 
 
 def test_an_unknown_size_needs_a_word_from_the_user(tmp_path: Path) -> None:

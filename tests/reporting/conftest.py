@@ -31,7 +31,7 @@ MEMORY = MemoryEstimate(
 RunMaker = Callable[..., RunDir]
 
 
-def make_plan(devices: int, strategy: str = "ddp", global_batch: int = 8) -> Plan:
+def plan_of(devices: int, strategy: str = "ddp", global_batch: int = 8) -> Plan:
     processes = devices if strategy == "ddp" else 1
     return Plan(
         strategy=strategy,
@@ -123,6 +123,12 @@ def report_for(plan: Plan, config: TrainConfig, rows: list[dict[str, Any]]) -> d
         ],
         "versions": {"python": "3.12.3", "torch": "2.11.0+cu130", "parallel-tune": "0.1.0"},
     }
+
+
+@pytest.fixture
+def make_plan() -> Callable[..., Plan]:
+    """Makes a plan: `make_plan(devices, strategy, global_batch)`."""
+    return plan_of
 
 
 @pytest.fixture

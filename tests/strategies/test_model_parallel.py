@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from strategies.contracts import Hardware, Plan
+from strategies.errors import ConfigError
 from strategies.model_parallel import ModelParallel, step_seconds
 
 Make = Callable[..., Any]
@@ -122,3 +123,22 @@ def test_step_seconds_reach_the_bound_for_equal_stages(model: Make, cards: Make)
     assert naive / step_seconds(stages, host_seconds=0.0, micro_batches=12, lanes=2) == pytest.approx(2 * 12 / 13)
     assert step_seconds(stages, host_seconds=5.0, micro_batches=12, lanes=2) == 60.0
     assert step_seconds(stages, host_seconds=5.0, micro_batches=12, lanes=1) == 60.0
+
+
+def test_stages_share_devices_and_lanes_are_forced_only_when_asked_for(model: Make, cards: Make, cpus: Make) -> None:
+    made = model("1b", stages=3, micro_batch=1, gradient_accumulation_steps=4)
+    assert [d.index for d in plan(made, cards("H100", "H100")).devices] == [0, 0, 1]
+    assert plan(made, cards("H100", "H100")).ordinals == (0, 0, 1)
+    assert plan(made, cards("H100"), lanes_available=True).lanes == 1
+    forced = plan(model("1b", force_lanes=True, lanes=2, stages=3), cpus(1), lanes_available=True)
+    assert (forced.lanes, len(forced.devices), forced.visible) == (2, 3, (0,))
+    assert forced.gradient_accumulation_steps > 1
+    with pytest.raises(ConfigError, match="cannot be made"):
+        plan(model("1b", stages=99), cpus(1))
+
+
+def test_the_busy_share_of_each_device_is_stated(model: Make, cards: Make) -> None:
+    workload, estimate = model("8b", micro_batch=1, gradient_accumulation_steps=12)
+    made = workload, dataclasses.replace(estimate, host=0.02)
+    (share,) = [reason for reason in plan(made, cards("H100", "H100"), True).reasons if "busy share" in reason]
+    assert "12/13 = 92% would be each stage's" in share

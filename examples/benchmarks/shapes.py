@@ -1,4 +1,4 @@
-"""Random-weight models of well-known shapes, made on the spot: `python tests/gpu/shapes.py SHAPE FOLDER`."""
+"""Random-weight models of well-known shapes, made on the spot: `python examples/benchmarks/shapes.py SHAPE FOLDER`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
         "tie_word_embeddings": True, "sliding_window": 512}),
 }  # fmt: skip
-DATASET = Path(__file__).parents[2] / "examples" / "short_answers.jsonl"
+DATASET = Path(__file__).parents[1] / "short_answers.jsonl"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

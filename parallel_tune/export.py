@@ -1,0 +1,146 @@
+"""`parallel-tune export`: what a finished run trained, as an adapter, a merged model or a GGUF file, with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from parallel_tune import outcome
+from parallel_tune.config import TrainConfig
+from parallel_tune.launch import failure_of, without_launcher
+from parallel_tune.model_card import model_card
+from parallel_tune.process import die_with_parent
+from parallel_tune.report import read as read_report
+from parallel_tune.rundir import RunDir
+from strategies.errors import ConfigError, RunFailed
+
+METHODS = ("lora", "merged_16bit", "merged_4bit", "gguf")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+"""What llama.cpp's converter writes by itself; smaller ones need its llama-quantize on the file."""
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is wanted.
+
+    Attributes:
+        method: one of METHODS.
+        quantization: the type of a GGUF file.
+        hub_path: the Hub repository to push to; None for none.
+        converter: llama.cpp's script, where it is needed.
+    """
+
+    method: str
+    save_path: str
+    quantization: str = "f16"
+    hub_path: str | None = None
+    converter: str | None = None
+
+
+def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
+    """Write the export, and push it if asked; the folder appears only when complete.
+
+    Raises:
+        ConfigError: the run is not finished, the folder is taken, or something that is needed is not there.
+        RunFailed: the export began and failed.
+    """
+    run = RunDir(path.absolute())
+    config, plan = run.read()
+    wanted = check(run, config, wanted)
+    target = Path(wanted.save_path)
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {part}: {error.strerror}", "Choose another --save_path.") from error
+    card = model_card(config, plan, read_report(run.report), wanted.method)
+    try:
+        _run_child(run, Export(**{**asdict(wanted), "save_path": str(part)}), card, hub_token)
+        if target.exists():
+            target.rmdir()  # empty, as was checked
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    click.echo(f"{wanted.method}: {target}")
+    if wanted.hub_path:
+        click.echo(f"pushed to {wanted.hub_path}")
+
+
+def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
+    """The export with everything that it needs found; nothing has been loaded yet.
+
+    Raises:
+        ConfigError: something is missing, or in the way.
+    """
+    if not run.result(config).exists() or not run.report.exists():
+        raise ConfigError(
+            f"{run.path} is not finished: {run.result(config).name}/ is missing",
+            f"`parallel-tune resume {run.path}` goes on with it.",
+        )
+    if wanted.method == "lora" and config.full_finetuning:
+        raise ConfigError("the run trained all weights: there is no adapter", "Use --save_method merged_16bit.")
+    target = Path(wanted.save_path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{wanted.save_path} is there already", "Give a --save_path that is new or empty.")
+    converter = None
+    if wanted.method == "gguf":
+        if wanted.quantization not in GGUF_TYPES:
+            raise ConfigError(
+                f"llama.cpp's converter does not write {wanted.quantization!r}",
+                f"Choose {', '.join(GGUF_TYPES)}; then `llama-quantize FILE {wanted.quantization}` makes it smaller.",
+            )
+        converter = find_converter()
+    return Export(wanted.method, str(target), wanted.quantization, wanted.hub_path, converter)
+
+
+def find_converter() -> str:
+    """llama.cpp's converter: in LLAMA_CPP_DIR, on PATH, in ./llama.cpp, or where Unsloth puts it.
+
+    Raises:
+        ConfigError: it is nowhere.
+    """
+    named = os.environ.get("LLAMA_CPP_DIR")
+    folders = [Path(named)] if named else [Path("llama.cpp"), Path.home() / ".unsloth" / "llama.cpp"]
+    for folder in folders:
+        if (folder / CONVERTER).is_file():
+            return str((folder / CONVERTER).absolute())
+    on_path = shutil.which(CONVERTER)
+    if on_path:
+        return on_path
+    raise ConfigError(
+        f"--save_method gguf needs llama.cpp's {CONVERTER}, which is not in {', '.join(map(str, folders))} nor on PATH",
+        "`git clone https://github.com/ggml-org/llama.cpp` here or set LLAMA_CPP_DIR; merged_16bit needs nothing more.",
+    )
+
+
+def _run_child(run: RunDir, wanted: Export, card: str, hub_token: str | None) -> None:
+    """Models are loaded in a process of their own: its memory ends with it, and this one stays without torch."""
+    said, log = run.logs / "export.json", run.logs / "export.log"
+    said.unlink(missing_ok=True)
+    # The token goes through the environment: other users of the machine can read command lines.
+    env = without_launcher(os.environ) | {"PYTHONSAFEPATH": "1"} | ({"HF_TOKEN": hub_token} if hub_token else {})
+    command = [sys.executable, "-m", "parallel_tune.export_worker", str(run.path)]
+    with log.open("ab") as file:
+        done = subprocess.run(
+            command,
+            input=json.dumps({"wanted": asdict(wanted), "card": card}).encode(),
+            env=env,
+            stdout=file,
+            stderr=file,
+            preexec_fn=die_with_parent,
+            check=False,
+        )
+    how = outcome.load(said)
+    if how is None:
+        raise RunFailed(f"the export ended with code {done.returncode} and without a word", f"Log: {log}")
+    if how.code != 0:
+        raise failure_of(how, "export", log)

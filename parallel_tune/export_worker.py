@@ -1,0 +1,124 @@
+"""The process that exports: load, merge, convert, push.
+
+python -m parallel_tune.export_worker RUN_DIRECTORY < {"wanted": ..., "card": ...}
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from parallel_tune import outcome
+from parallel_tune.config import TrainConfig
+from parallel_tune.export import Export
+from parallel_tune.process import leave
+from parallel_tune.rundir import RunDir
+from strategies.errors import ParallelTuneError, RunFailed
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Export as stdin says. Never returns."""
+    run = RunDir(Path(arguments[0]))
+    asked = json.load(sys.stdin)
+    try:
+        export(run, Export(**asked["wanted"]), asked["card"])
+        how = outcome.Outcome(0)
+    except ParallelTuneError as error:
+        how = outcome.Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        how = outcome.Outcome(1, message, "", traceback.format_exc())
+    outcome.save(run.logs / "export.json", how)
+    leave(how.code)
+
+
+def export(run: RunDir, wanted: Export, card: str) -> None:
+    """Write the export into its folder, with the card, and push it if asked."""
+    config, _ = run.read()
+    folder = Path(wanted.save_path)
+    match wanted.method:
+        case "lora":
+            shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
+        case "merged_16bit":
+            save_merged(run, config, folder)
+        case "merged_4bit":
+            with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
+                save_merged(run, config, Path(merged))
+                save_in_4bit(Path(merged), folder)
+        case "gguf":
+            with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
+                save_merged(run, config, Path(merged))
+                convert(Path(merged), folder / f"model-{wanted.quantization}.gguf", wanted)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if wanted.hub_path:
+        push(folder, wanted.hub_path)
+
+
+def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
+    """The base model in 16 bit with the adapter added to its weights: one rounding, whatever the base was held in."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.float16 if config.dtype == "float16" else torch.bfloat16
+    source = str(run.model) if config.full_finetuning else config.model
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    if not config.full_finetuning:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(run.adapter)).merge_and_unload()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(run.result(config))).save_pretrained(folder)
+
+
+def save_in_4bit(merged: Path, folder: Path) -> None:
+    """The merged model with its linear layers in nf4."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from parallel_tune.engines.transformers import nf4
+
+    where = {"": 0 if torch.cuda.is_available() else "cpu"}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.bfloat16, device_map=where, quantization_config=nf4(torch.bfloat16)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
+
+
+def convert(merged: Path, file: Path, wanted: Export) -> None:
+    """Run llama.cpp's converter.
+
+    Raises:
+        RunFailed: it did not write the file.
+    """
+    command = [sys.executable, str(wanted.converter), str(merged), "--outfile", str(file)]
+    done = subprocess.run([*command, "--outtype", wanted.quantization], capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr, sep="\n")
+    if done.returncode != 0 or not file.exists():
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise RunFailed(
+            f"{wanted.converter} ended with code {done.returncode}: {last}",
+            "It needs the gguf and sentencepiece packages; the export log has its whole output.",
+        )
+
+
+def push(folder: Path, hub_path: str) -> None:
+    """Make the repository, private if it is new, and upload the folder; the token comes from HF_TOKEN or the login."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(hub_path, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=hub_path, folder_path=folder, commit_message="parallel-tune export")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

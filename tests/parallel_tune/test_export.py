@@ -1,0 +1,170 @@
+"""Exports of a real run: what is written loads elsewhere and answers as the adapter does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import parallel_tune
+
+ROOT = Path(__file__).parents[2]
+CONVERTER = """
+import pathlib, sys
+folder, _, out, _, kind = sys.argv[1:]
+assert (pathlib.Path(folder) / "model.safetensors").exists()
+pathlib.Path(out).write_text(kind)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> parallel_tune.Run:
+    folder = tmp_path_factory.mktemp("export")
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", folder / "tiny"], check=True, timeout=240)
+    return parallel_tune.tune(
+        model=folder / "tiny", dataset=ROOT / "examples" / "short_answers.jsonl", hardware="cpu:1", max_steps=3,
+        max_seq_length=64, global_batch_size=4, learning_rate=3e-2, warmup_steps=0, output_dir=str(folder / "run"),
+    )  # fmt: skip
+
+
+def export(run: parallel_tune.Run, folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "parallel_tune", "export", str(run.path), "--save_path", str(folder / "out")]
+    return subprocess.run(
+        [*command, *options], env=dict(os.environ) | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)} | environment,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_merged_model_gives_the_adapters_logits(run: parallel_tune.Run, tmp_path: Path) -> None:
+    done = export(run, tmp_path, "--save_method", "merged_16bit")
+    assert done.returncode == 0, done.stderr
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(path: Path | str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("The quick brown fox", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        base = load(run.config.model)(ids).logits
+        adapted = PeftModel.from_pretrained(load(run.config.model), str(run.adapter))(ids).logits
+        merged = load(tmp_path / "out")(ids).logits
+    moved, off = (adapted - base).abs().max(), (merged - adapted).abs().max()
+    # What is left is the rounding of the weights to 16 bit.
+    assert off < moved / 20
+    assert "16" in json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+
+
+def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Run, tmp_path: Path) -> None:
+    done = export(run, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "library_name: peft",
+        "| learning_rate | 0.03 |",
+        "| dataset | short_answers.jsonl |",
+        "| samples | 12 |",
+    ):
+        assert said in card
+    assert "/" not in card.split("## Versions")[0].replace("tokens/s", "")
+    again = export(run, tmp_path)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+
+
+def test_merged_4bit_loads_as_it_is(run: parallel_tune.Run, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = export(run, tmp_path, "--save_method", "merged_4bit")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_gguf_goes_through_llama_cpp_or_is_refused(run: parallel_tune.Run, tmp_path: Path) -> None:
+    (tmp_path / "cpp").mkdir()
+    refused = export(run, tmp_path, "--save_method", "gguf", LLAMA_CPP_DIR=str(tmp_path / "cpp"))
+    assert refused.returncode == 2
+    assert "convert_hf_to_gguf.py" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "cpp" / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    options = ("--save_method", "gguf", "--quantization", "q8_0")
+    done = export(run, tmp_path, *options, LLAMA_CPP_DIR=str(tmp_path / "cpp"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model-q8_0.gguf").read_text() == "q8_0"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a push of small files asks for."""
+
+    asked: list[tuple[str, str | None, bytes]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.asked.append((self.path, self.headers.get("Authorization"), body))
+        answer: dict[str, Any] = {"url": "https://huggingface.co/me/tuned", "name": "me/tuned"}
+        if "/preupload/" in self.path:
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            answer = {"files": files}
+        elif "/commit/" in self.path:
+            answer = {"commitUrl": "https://huggingface.co/me/tuned/commit/1", "commitOid": "1", "hookOutput": ""}
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[HTTPServer]:
+    Hub.asked = []
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_push_sends_the_folder_with_the_token(run: parallel_tune.Run, tmp_path: Path, hub: HTTPServer) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    options = ("--push_model", "me/tuned", "--hub_token", "hf_secret")
+    done = export(run, tmp_path, *options, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    log = (run.path / "logs" / "export.log").read_text()
+    assert done.returncode == 0, done.stderr + log
+    commit = next(body for path, _, body in Hub.asked if "/commit/" in path)
+    assert b"adapter_model.safetensors" in commit
+    assert b"README.md" in commit
+    created = next(body for path, _, body in Hub.asked if path.endswith("/repos/create"))
+    made = json.loads(created)
+    assert made.get("visibility") == "private" or made.get("private") is True  # by the release of huggingface_hub
+    # The card's check is open to all; what changes the repository is not.
+    changing = [token for path, token, _ in Hub.asked if "/commit/" in path or path.endswith("/repos/create")]
+    assert changing == ["Bearer hf_secret"] * 2
+    assert "hf_secret" not in log + done.stdout + done.stderr
+
+
+def test_a_run_that_is_not_finished_is_refused(run: parallel_tune.Run, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    for name in ("config.yaml", "plan.json"):
+        (unfinished / name).write_bytes((run.path / name).read_bytes())
+    done = export(parallel_tune.Run(unfinished), tmp_path)
+    assert done.returncode == 2
+    assert "is not finished" in done.stderr

@@ -1,0 +1,102 @@
+"""compare: three runs by hand and what the table, the pictures and the refusals say of them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parallel_tune import cli
+from parallel_tune.reporting import compare as comparing
+from parallel_tune.reporting import pictures
+from parallel_tune.reporting.figures import load
+from parallel_tune.rundir import RunDir
+from strategies.contracts import Plan
+from strategies.errors import ConfigError
+
+
+@pytest.fixture
+def three(run_maker: Callable[..., RunDir], make_plan: Callable[..., Plan]) -> list[RunDir]:
+    return [
+        run_maker("one", make_plan(1, global_batch=8), 125),
+        run_maker("two", make_plan(2, global_batch=16), 63),
+        run_maker("qlora", make_plan(2, global_batch=16), 63, load_in_4bit=True, run_name="$2 of <b>4-bit</b>"),
+    ]
+
+
+def test_table_holds_the_reports_figures(three: list[RunDir]) -> None:
+    runs = [load(run.path) for run in three]
+    names = comparing.unique_names(runs)
+    assert names == ["one", "two", "$2 of <b>4-bit</b>"]
+    for run, directory, name in zip(runs, three, names, strict=True):
+        report = json.loads(directory.report.read_text())
+        cells = dict(zip(comparing.HEAD, comparing.row(run, name), strict=True))
+        assert cells["strategy"] == report["strategy"] and cells["engine"] == report["engine"]
+        assert int(cells["processes"]) == report["world_size"]
+        assert int(cells["global batch"]) == report["global_batch"]
+        assert int(cells["steps"]) == report["steps"]
+        assert int(cells["samples"].replace(",", "")) == report["samples"]
+        assert int(cells["tokens"].replace(",", "")) == report["tokens"]
+        assert cells["tokens/s"] == f"{report['tokens_per_second']:,.0f}"
+        assert cells["samples/s"] == f"{report['samples'] / report['seconds']:,.2f}"
+        assert cells["final loss"] == f"{report['final_loss']:.4f}"
+        assert cells["peak memory"] == ("21.40 GiB" if report["world_size"] == 1 else "21.70 GiB")
+    assert [run.kind for run in runs] == ["LoRA r16", "LoRA r16", "QLoRA r16"]
+
+
+def test_ddp_does_an_epoch_in_half_the_steps(three: list[RunDir]) -> None:
+    runs = [load(run.path) for run in three]
+    charts = comparing.make_charts(runs, ["one", "two", "qlora"])
+    titles = [chart.frame.title for chart in charts]
+    assert titles == ["Training loss by step", "Epochs done by step", "Training loss over time", "Throughput"]
+    slopes = [curve.points[-1][1] / curve.points[-1][0] for curve in charts[1].curves]
+    assert slopes[1] / slopes[0] == pytest.approx(2.0)
+    assert charts[2].curves[0].points[-1][0] == pytest.approx(json.loads(three[0].report.read_text())["seconds"])
+    # Runs that coincide are drawn one inside the other; those apart are not.
+    assert [curve.width for curve in charts[1].curves] == [2.0, 4.5, 2.0]
+    assert [curve.width for curve in charts[0].curves] == [2.0, 2.0, 2.0]
+
+
+def test_command_prints_and_writes(three: list[RunDir], tmp_path: Path) -> None:
+    output = tmp_path / "there" / "compare"
+    result = CliRunner().invoke(cli.program, ["compare", *(str(run.path) for run in three), "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(maxsplit=1) for line in result.output.splitlines() if line)
+    assert lines["steps"].split() == ["125", "63", "63"]
+    html = (output / "compare.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;4-bit&lt;/b&gt;" in html and "<b>4-bit" not in html
+    assert html.count("<polyline") == 12
+    png = (output / "compare.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 1000 and height > 600
+
+
+def test_without_matplotlib_the_page_is_there_and_the_picture_is_missed(
+    three: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparing, "have_matplotlib", lambda: False)
+    comparing.compare([run.path for run in three], tmp_path)
+    assert (tmp_path / "compare.html").exists() and not (tmp_path / "compare.png").exists()
+    assert pictures.MISSING in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_is_refused(three: list[RunDir], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run directory"):
+        comparing.compare([three[0].path, tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(three: list[RunDir], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        comparing.compare([three[0].path], tmp_path / "file")
+
+
+def test_runs_of_one_name_are_told_apart(run_maker: Callable[..., RunDir], make_plan: Callable[..., Plan]) -> None:
+    runs = [load(run_maker(f"{parent}/run", make_plan(1), 3).path) for parent in ("a", "b")]
+    assert comparing.unique_names(runs) == ["run (a/run)", "run (b/run)"]
