@@ -84,7 +84,7 @@ class NotedStages(SplitSession):
         self.notes.follow(model)
 
     def close(self) -> None:
-        self.notes.write(self._stages.crossings)
+        self.notes.write(self._stages.crossings if self._stages else [])
         super().close()
 
 
