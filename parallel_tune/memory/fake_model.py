@@ -17,6 +17,9 @@ from parallel_tune.memory.states import NF4_BLOCK, NF4_SCALE_BLOCK
 from strategies.contracts import Part
 from strategies.errors import ConfigError
 
+NOT_OF_A_CUT_MODEL = frozenset({"layer_types", "quantization_config", "text_config", "vision_config"})
+"""What of a model's config does not hold for a few of its layers."""
+
 
 class _DequantisedMatmul(torch.autograd.Function):
     """What bitsandbytes' MatMul4Bit holds: the whole 16-bit weight, for the duration of each product."""
@@ -131,11 +134,12 @@ def build_model(
 
     Args:
         facts: the model, already cut to the layers of the part.
-        overrides: values for the config that the facts do not carry (an architecture unknown to the closed form).
+        overrides: the model's own config, for what the facts do not carry (an architecture unknown to the closed form).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {**config_values(facts), **(overrides or {})}
+    own = {**(overrides or {}), **((overrides or {}).get("text_config") or {})}
+    values = {**{key: value for key, value in own.items() if key not in NOT_OF_A_CUT_MODEL}, **config_values(facts)}
     if part.embedding is not part.head:
         values["tie_word_embeddings"] = False
     config = AutoConfig.for_model(**values)

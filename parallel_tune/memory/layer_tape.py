@@ -12,6 +12,7 @@ from parallel_tune.memory.operations import Scene
 from parallel_tune.memory.parameters import attention_linears, mlp_linears
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.tape import Tape, Value
+from parallel_tune.memory.unsloth_tape import unsloth_layer
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def layer_segment(
 
 def _decoder_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
     """LlamaDecoderLayer.forward and its relatives: two blocks, each normalised before and added to its own input."""
+    if scene.settings.engine == "unsloth" and scene.settings.method == "lora":
+        return unsloth_layer(tape, scene, facts, layer, micro_batch, source)
     normed = _norm(tape, scene, facts, source)
     inner = _attention(tape, scene, facts, layer, micro_batch, normed)
     tape.drop(normed)

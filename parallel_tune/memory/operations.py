@@ -118,7 +118,8 @@ def _adapted(tape: Tape, scene: Scene, source: Value, result: Value, shape: Line
     """`result + lora_B(lora_A(dropout(x))) * scaling` (peft.tuners.lora.layer.Linear.forward, bnb.Linear4bit.forward).
 
     Beside unquantised weights peft first casts x to the adapter's dtype, and autocast casts it back for the product:
-    each adapted linear keeps a copy of its own.
+    each adapted linear keeps a copy of its own. Dropout keeps a byte per element, as CUDA's kernel does; a CPU's keeps
+    its mask in the input's dtype.
     """
     settings = scene.settings
     rank = settings.lora_rank

@@ -1,0 +1,89 @@
+"""The closed form against traces of the real training step: a new transformers or peft that moves it is seen here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from parallel_tune.memory import ClosedFormEstimator, TrainingSettings, load_model_facts
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.parameters import whole
+from strategies.contracts import Arrangement, Checkpointing, Part
+
+LORA_4BIT = {"method": "lora", "load_in_4bit": True}
+ATTENTION = {"method": "lora", "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
+ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
+    ("meta-llama/Llama-3.2-1B", {"method": "full"}, "none", 1),
+    ("meta-llama/Llama-3.2-1B", {"method": "full"}, "full", 2),
+    ("meta-llama/Llama-3.1-8B", {"method": "lora"}, "none", 1),
+    ("meta-llama/Llama-3.1-8B", {"method": "lora"}, "full", 2),
+    ("meta-llama/Llama-3.1-8B", LORA_4BIT, "none", 1),
+    ("Qwen/Qwen3-8B", LORA_4BIT, "full", 1),
+    ("Qwen/Qwen3-8B", {"method": "lora", "attention_mask": True}, "none", 1),
+    ("Qwen/Qwen2.5-7B", {"method": "full"}, "none", 1),
+    ("google/gemma-2-2b", {"method": "lora", "sequence_length": 6144}, "none", 1),
+    ("google/gemma-3-1b-pt", {"method": "lora"}, "full", 1),
+    ("mistralai/Mistral-7B-v0.1", {"method": "lora", "sequence_length": 6144}, "none", 1),
+    ("microsoft/Phi-3-mini-4k-instruct", LORA_4BIT, "none", 1),
+    ("Qwen/Qwen3-30B-A3B", ATTENTION, "none", 1),
+    ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
+]
+
+
+def compare(facts: ModelFacts, options: dict[str, Any], part: Part, arrangement: Arrangement) -> float:
+    from parallel_tune.memory.trace import trace_peak
+
+    defaults = {"optimizer": "adamw_torch_fused", "sequence_length": 1024, "attention_mask": False}
+    settings = TrainingSettings(**{**defaults, **options})
+    predicted = max(p.allocated_bytes for p in ClosedFormEstimator(facts, settings).phases(part, arrangement))
+    return predicted / trace_peak(facts, settings, part, arrangement) - 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0].split('/')[1]}-{row[1]['method']}-{row[2]}")
+@pytest.mark.filterwarnings("ignore")
+def test_whole_models_agree_with_their_traces(row: tuple[str, dict[str, Any], Checkpointing, int]) -> None:
+    name, options, checkpointing, accumulation = row
+    facts = load_model_facts(name)
+    error = compare(facts, options, whole(facts), Arrangement(1, 1, accumulation, checkpointing))
+    assert abs(error) < 0.01
+
+
+@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora"}, LORA_4BIT], ids=["full", "lora", "4bit"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_stages_agree_with_their_traces(options: dict[str, Any], checkpointing: Checkpointing, stage: int) -> None:
+    facts = load_model_facts("meta-llama/Llama-3.1-8B")
+    part = Part(8 * stage, 8 * stage + 7, embedding=stage == 0, head=stage == 3)
+    assert abs(compare(facts, options, part, Arrangement(1, 1, 1, checkpointing, stages=4))) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buckets_and_foreach_temporaries_are_in_the_trace_too() -> None:
+    facts = load_model_facts("meta-llama/Llama-3.2-1B")
+    replicated = Arrangement(2, 1, 1, "full")
+    assert abs(compare(facts, {"method": "full"}, whole(facts), replicated)) < 0.01
+    alone = Arrangement(1, 1, 1, "full")
+    foreach = {"method": "full", "optimizer": "adamw_torch", "sequence_length": 128}
+    assert abs(compare(facts, foreach, whole(facts), alone)) < 0.01
+
+
+@pytest.mark.parametrize("model_type", ["granite", "olmo2"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_architecture_that_the_closed_form_does_not_know_is_traced(model_type: str) -> None:
+    from parallel_tune.memory.facts import facts_from_config
+    from parallel_tune.memory.trace import trace_peak
+
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = {"model_type": model_type, **shape, "num_key_value_heads": 4, "vocab_size": 4096}
+    facts = facts_from_config(config)
+    assert not facts.closed_form_known
+    settings = TrainingSettings(sequence_length=512, attention_mask=False)
+    arrangement = Arrangement(1, 1, 1, "none")
+    few, many = (
+        trace_peak(dataclasses.replace(facts, num_layers=n), settings, Part(0, n - 1, True, True), arrangement, config)
+        for n in (6, 12)
+    )
+    assert 1.5 * few < many < 2 * few
