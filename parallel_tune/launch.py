@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -216,7 +217,8 @@ class Watcher:
             return True
         for pid in pids.values():
             _send(pid, signal.SIGTERM)
-        click.echo(self.stopping, err=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo(self.stopping, err=True)
         return True
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> None:

@@ -58,8 +58,16 @@ def run_to_its_end(
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         outcome = Outcome(1, message, _hint(error), traceback.format_exc())
-    write_outcome(run, rank, outcome)
-    at_end(outcome)
+    try:
+        write_outcome(run, rank, outcome)
+    except OSError:
+        traceback.print_exc()
+        leave(outcome.code or 1)
+    try:
+        at_end(outcome)
+    except Exception:
+        # What there is to say goes astray; how it ended stands.
+        traceback.print_exc()
     leave(outcome.code)
 
 

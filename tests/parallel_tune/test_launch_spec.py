@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_one_command_at_a_time_trains_in_a_run_directory(tmp_path: Path) -> None
         watcher = Watcher(made.processes, run, launch_spec(made, run, os.environ, 2), lambda: None)
         with pytest.raises(ConfigError, match="another command is training"):
             watcher.run()
+
+
+def test_leaving_works_without_anybody_to_read(environment: dict[str, str]) -> None:
+    code = "from parallel_tune.process import leave; print('x' * 9); leave(75)"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(60) == 75
 
 
 def test_a_worker_whose_watcher_is_gone_ends() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -145,6 +146,26 @@ def test_a_killed_rank_is_named_and_ends_the_others(tune: Any, noting: dict[str,
     assert "rank-1.log" in ended.err.splitlines()[-1]
     assert not alive(ended.run)
     assert checkpoints(ended.run) == ["checkpoint-4"]
+
+
+def test_a_rank_that_never_ends_is_not_waited_for(tune: Any, noting: dict[str, str], alive: Alive) -> None:
+    """Rank 0 has said that all is done and on disk."""
+    run = tune(*DDP, "--max_steps=1", env=noting | {"FAULT": "linger:1:0"})
+    assert run.report["steps"] == 1
+    assert not alive(run.run)
+
+
+def test_a_killed_launcher_leaves_nobody_behind(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    command = tune.start(*DDP, env=noting | {"FAULT": "hold:0:2"})
+    command.wait_for(tmp_path / "held")
+    (launcher,) = [p for p in alive(command.run) if b"torch.distributed.run" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(launcher, signal.SIGKILL)
+    ended = command.wait()
+    assert ended.code == 1
+    assert "rank 0, rank 1 ended without a word" in ended.err
+    assert not alive(ended.run)
 
 
 @pytest.mark.parametrize(("options", "rank"), [(DDP, 1), (SPLIT, 0)])

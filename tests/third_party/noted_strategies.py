@@ -2,7 +2,7 @@
 
 Each rank leaves `rank-K.json` in the folder NOTES: the rows of each forward pass in training, a digest of the trained
 weights, and the crossings of each boundary. FAULT=ACTION:RANK:PASS makes a rank raise, kill itself, or hold (until the
-file `go` is there) just before that training pass, counted from 1.
+file `go` is there) just before that training pass, counted from 1; or linger for ever after all its work is done.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class NotedReplica(ReplicaSession):
 
     def close(self) -> None:
         self.notes.write([])
+        while os.environ.get("FAULT", "").startswith(f"linger:{self.rank}:"):
+            time.sleep(1)
         super().close()
 
 
@@ -82,7 +84,7 @@ class NotedStages(SplitSession):
         self.notes.follow(model)
 
     def close(self) -> None:
-        self.notes.write(self._stages.crossings)
+        self.notes.write(self._stages.crossings if self._stages else [])
         super().close()
 
 
