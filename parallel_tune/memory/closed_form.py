@@ -11,7 +11,7 @@ from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
 from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
-from parallel_tune.memory.unsloth_tape import largest_weight_bytes
+from parallel_tune.memory.unsloth_tape import OFFLOAD_BYTES
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
 
 INDEX_BYTES = 8
@@ -182,10 +182,8 @@ class _Moments:
         rotary = kinds * 2 * settings.sequence_length * facts.head_dim * settings.compute_bytes
         incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
         # Recomputation needs the mask again; without it only the layers' biases made of it remain.
-        unpacked = (
-            largest_weight_bytes(facts, settings) if settings.engine == "unsloth" and settings.load_in_4bit else 0
-        )
-        return indices + rotary + incoming + unpacked + (self._mask_bytes() if self.checkpointed else 0)
+        offload = OFFLOAD_BYTES if self.arrangement.gradient_checkpointing == "unsloth" else 0
+        return indices + rotary + incoming + offload + (self._mask_bytes() if self.checkpointed else 0)
 
     def _mask_bytes(self) -> int:
         """One boolean square of each row's tokens, where any layer is masked."""
