@@ -89,6 +89,8 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     """
     started = time.monotonic()
     config, plan = run.read()
+    # TensorBoard's own default is a folder in the working directory.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     from parallel_tune.engines import open_engine
 
     engine = open_engine(plan.engine)

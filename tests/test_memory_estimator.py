@@ -146,10 +146,14 @@ def test_windows_and_experts_and_biases_count() -> None:
     assert estimate(qwen).weights_bytes - estimate(bare).weights_bytes == 2 * 28 * (3584 + 2 * 512)
 
 
-def test_lanes_multiply_what_waits() -> None:
-    one, two = estimate(checkpointing="none"), estimate(checkpointing="none", lanes=2)
-    assert two.activations_bytes == pytest.approx(2 * one.activations_bytes, rel=0.01)
+def test_lanes_multiply_what_waits_before_the_last_stage() -> None:
+    middle: dict[str, Any] = {"part": Part(8, 15, embedding=False, head=False), "checkpointing": "none"}
+    one, two = estimate(**middle), estimate(**middle, lanes=2)
+    # All but what one layer's backward holds while it runs: lanes take turns at that.
+    assert 1.9 * one.activations_bytes < two.activations_bytes < 2 * one.activations_bytes
     assert two.gradients_bytes > 0
+    last: dict[str, Any] = {"part": Part(24, 31, embedding=False, head=True), "checkpointing": "none"}
+    assert estimate(**last, lanes=2).activations_bytes == estimate(**last).activations_bytes
 
 
 def test_machine_constants_take_the_place_of_defaults() -> None:

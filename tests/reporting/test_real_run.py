@@ -53,15 +53,24 @@ def test_a_run_ends_with_its_page(tmp_path: Path, capsys: Any) -> None:
     make_model(model)
     make_rows(rows)
     options = f"--model {model} --dataset {rows} --output_dir {run} --hardware cpu:2 --strategy ddp".split()
-    options += ["--max_steps=3", "--global_batch_size=4", "--max_seq_length=64", "--val_size=4", "--report_to=none"]
+    options += ["--max_steps=3", "--global_batch_size=4", "--max_seq_length=64", "--val_size=4"]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     code = "import sys; from parallel_tune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code, *options], env=os.environ | quiet, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *options],
+        env=os.environ | quiet,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"report: {run / 'report.html'}" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"  # the parent never imports torch
+
+    # TensorBoard, the default tracker where it is installed, keeps its files with the run.
+    assert list((run / "tensorboard").glob("events.*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rows.jsonl", "run"]
 
     report = json.loads((run / "report.json").read_text())
     html = (run / "report.html").read_text()
