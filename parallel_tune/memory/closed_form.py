@@ -40,8 +40,21 @@ class ClosedFormEstimator:
         return replace(
             peak,
             context_bytes=context + scratch,
-            reserve_bytes=int(peak.allocated_bytes * constants.reserve_fraction),
+            reserve_bytes=self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
         )
+
+    def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
+        """The caching allocator's own: freed blocks that no later tensor fitted into."""
+        reserve = int(allocated * constants.reserve_fraction)
+        if not part.head or self.settings.cross_entropy == "fused":
+            return reserve
+        logits = arrangement.micro_batch * self.settings.sequence_length * self.facts.vocab_size
+        logits *= self.settings.compute_bytes
+        reserve = max(reserve, int(logits * constants.loss_reserve_logits))
+        if arrangement.gradient_checkpointing != "none":
+            # The loss holds six times the logits of a 16-bit forward.
+            reserve = max(reserve, min(3 * logits, constants.checkpointed_loss_reserve_bytes))
+        return reserve
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
         """Live tensors at every moment that can be the peak: the loss, each layer's backward, the optimizer step."""
