@@ -11,7 +11,7 @@ from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
 from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
-from parallel_tune.memory.unsloth_tape import largest_weight_bytes
+from parallel_tune.memory.unsloth_tape import OFFLOAD_BYTES
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
 
 INDEX_BYTES = 8
@@ -40,8 +40,21 @@ class ClosedFormEstimator:
         return replace(
             peak,
             context_bytes=context + scratch,
-            reserve_bytes=int(peak.allocated_bytes * constants.reserve_fraction),
+            reserve_bytes=self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
         )
+
+    def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
+        """The caching allocator's own: freed blocks that no later tensor fitted into."""
+        reserve = int(allocated * constants.reserve_fraction)
+        if not part.head or self.settings.cross_entropy == "fused":
+            return reserve
+        logits = arrangement.micro_batch * self.settings.sequence_length * self.facts.vocab_size
+        logits *= self.settings.compute_bytes
+        reserve = max(reserve, int(logits * constants.loss_reserve_logits))
+        if arrangement.gradient_checkpointing != "none":
+            # The loss holds six times the logits of a 16-bit forward.
+            reserve = max(reserve, min(3 * logits, constants.checkpointed_loss_reserve_bytes))
+        return reserve
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
         """Live tensors at every moment that can be the peak: the loss, each layer's backward, the optimizer step."""
@@ -182,10 +195,8 @@ class _Moments:
         rotary = kinds * 2 * settings.sequence_length * facts.head_dim * settings.compute_bytes
         incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
         # Recomputation needs the mask again; without it only the layers' biases made of it remain.
-        unpacked = (
-            largest_weight_bytes(facts, settings) if settings.engine == "unsloth" and settings.load_in_4bit else 0
-        )
-        return indices + rotary + incoming + unpacked + (self._mask_bytes() if self.checkpointed else 0)
+        offload = OFFLOAD_BYTES if self.arrangement.gradient_checkpointing == "unsloth" else 0
+        return indices + rotary + incoming + offload + (self._mask_bytes() if self.checkpointed else 0)
 
     def _mask_bytes(self) -> int:
         """One boolean square of each row's tokens, where any layer is masked."""

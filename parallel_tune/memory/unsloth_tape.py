@@ -1,8 +1,13 @@
-"""A decoder layer of Unsloth's LoRA path: few, large derivatives that keep their inputs and little else.
+"""A decoder layer of Unsloth's LoRA path: compiled as one region, with derivatives that keep little.
 
-Read off what each of unsloth/kernels' autograd functions saves (release 2026.10, Apache-2.0): the norm its input and a
-float32 per token; the q, k, v product its input; the rotation nothing, it works in place; the feed-forward block its
-input and the two products before the activation. Not traced, since the kernels need a GPU.
+Two sources. What the autograd functions of unsloth/kernels (release 2026.10, Apache-2.0) save: the norm its input and a
+float32 per token; the q, k, v product its input; the feed-forward block its input and the two products before the
+activation. And what torch's min-cut partitioner adds when the layer is one region, seen by running it over a replica
+of the layer: attention's result a second time, in the order that the output projection reads, the adapters cast to the
+compute dtype, and room for the gradients of their second halves. Products, kernels and attention are not recomputed.
+
+Settled by the llama-1b rows on an H200 (torch 2.11): that attention's result is kept twice, and FEED_FORWARD_HIDDEN.
+The 4-bit row of llama-3b showed that k's and v's weights stay unpacked, so that row is no independent test of it.
 """
 
 from __future__ import annotations
@@ -11,9 +16,8 @@ from parallel_tune.memory import operations as ops
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.feed_forward import mixture
 from parallel_tune.memory.operations import Scene
-from parallel_tune.memory.parameters import Linear, adapter_shapes, attention_linears, layer_linears
-from parallel_tune.memory.settings import TrainingSettings
-from parallel_tune.memory.tape import Tape, Value
+from parallel_tune.memory.parameters import Linear, adapter_shapes, attention_linears
+from parallel_tune.memory.tape import Buffer, Tape, Value
 
 
 def unsloth_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
@@ -24,9 +28,15 @@ def unsloth_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro
     return result
 
 
-def largest_weight_bytes(facts: ModelFacts, settings: TrainingSettings) -> int:
-    """The buffer into which each 4-bit weight is unpacked in turn; it stays allocated."""
-    return max(linear.weight_parameters for linear in layer_linears(facts, 0)) * settings.compute_bytes
+KERNEL_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "cohere", "granite", "falcon_h1"}
+)
+"""Model types whose layers Unsloth has written itself. In others, which it only compiles, the feed-forward block keeps
+its inner product as well, and attention's result lies as the projection reads it: settled by one row of gemma3-1b."""
+OFFLOAD_BYTES = 64 << 20
+"""What checkpoints in host memory cost the device, whatever the model: measured with llama-1b, of unknown parts."""
+FEED_FORWARD_HIDDEN = 3
+"""Hidden states that the compiled backward of a feed-forward block holds beside its three inner ones."""
 
 
 def _norm(tape: Tape, scene: Scene, source: Value) -> Value:
@@ -49,9 +59,21 @@ def _residual(tape: Tape, scene: Scene, facts: ModelFacts, residual: Value, inne
 def _adapter_gradients(facts: ModelFacts, scene: Scene, layer: int, names: tuple[str, ...]) -> tuple[int, ...]:
     """Bytes of the gradients that one function leaves for the adapters of these linears."""
     settings = scene.settings
+    return tuple(rows * columns * settings.adapter_bytes for rows, columns in _adapters(facts, scene, layer, names))
+
+
+def _adapters(facts: ModelFacts, scene: Scene, layer: int, names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    settings = scene.settings
     targets = tuple(name for name in names if name in settings.lora_targets or "all-linear" in settings.lora_targets)
-    shapes = adapter_shapes(facts, layer, settings.lora_rank, targets) if targets and not facts.num_experts else ()
-    return tuple(rows * columns * settings.adapter_bytes for rows, columns in shapes)
+    return tuple(adapter_shapes(facts, layer, settings.lora_rank, targets)) if targets and not facts.num_experts else ()
+
+
+def _cast_adapters(tape: Tape, facts: ModelFacts, scene: Scene, layer: int, names: tuple[str, ...]) -> Buffer:
+    """Both halves in the compute dtype, and the second half's gradient, which the region allocates beforehand."""
+    shapes = _adapters(facts, scene, layer, names)
+    elements = sum(rows * columns for rows, columns in shapes)
+    elements += sum(rows * columns for rows, columns in shapes if columns == scene.settings.lora_rank)
+    return tape.hold(elements * scene.element_bytes)
 
 
 def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
@@ -60,7 +82,11 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     width = scene.bytes_of(facts.query_size + 2 * facts.kv_size)
     names = tuple(shape.name for shape in inputs)
     gradients = _adapter_gradients(facts, scene, layer, names)
-    states = tape.operation(width, ((normed, normed.size_bytes),), (normed,), gradients)
+    casts = _cast_adapters(tape, facts, scene, layer, names)
+    unpacked = tape.hold(_unpacked_bytes(facts, scene))
+    states = tape.operation(width, ((normed, normed.size_bytes),), (normed, casts, unpacked), gradients)
+    tape.release(casts)
+    tape.release(unpacked)
     tape.drop(normed)
     if facts.qk_norm:  # keeps queries and keys as they were before the norm
         turned = tape.operation(scene.bytes_of(facts.query_size + facts.kv_size), ((states, width),), (states,))
@@ -76,12 +102,22 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     tape.release(statistic)
     tape.release(bias)
     tape.drop(*kept)
+    if facts.model_type in KERNEL_FAMILIES:
+        copied = tape.operation(joined.size_bytes, ((joined, None),))
+        tape.drop(joined)
+        joined = copied
     return _output(tape, scene, facts, layer, joined, output)
+
+
+def _unpacked_bytes(facts: ModelFacts, scene: Scene) -> int:
+    return 2 * facts.kv_size * facts.hidden_size * scene.element_bytes if scene.settings.load_in_4bit else 0
 
 
 def _output(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, joined: Value, shape: Linear) -> Value:
     gradients = _adapter_gradients(facts, scene, layer, (shape.name,))
-    result = tape.operation(scene.bytes_of(shape.outputs), ((joined, joined.size_bytes),), (joined,), gradients)
+    casts = _cast_adapters(tape, facts, scene, layer, (shape.name,))
+    result = tape.operation(scene.bytes_of(shape.outputs), ((joined, joined.size_bytes),), (joined, casts), gradients)
+    tape.release(casts)
     tape.drop(joined)
     return result
 
@@ -92,16 +128,18 @@ def _feed_forward(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, sourc
         result = mixture(tape, scene, facts, layer, normed)
     else:
         inner = scene.bytes_of(facts.intermediate_size)
-        products = tape.hold(2 * inner)
+        products = tape.hold((2 if facts.model_type in KERNEL_FAMILIES else 3) * inner)
         names = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+        casts = _cast_adapters(tape, facts, scene, layer, names)
         result = tape.operation(
             normed.size_bytes,
             ((normed, normed.size_bytes),),
-            (normed, products),
+            (normed, products, casts),
             _adapter_gradients(facts, scene, layer, names),
             scratch_bytes=inner,
-            backward_scratch_bytes=inner,
+            backward_scratch_bytes=3 * inner + FEED_FORWARD_HIDDEN * normed.size_bytes,
         )
+        tape.release(casts)
         tape.release(products)
     tape.drop(normed)
     return result
