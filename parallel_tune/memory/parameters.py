@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel_tune.memory.facts import ModelFacts
 from strategies.contracts import Part
@@ -88,6 +89,7 @@ def mlp_linears(facts: ModelFacts, layer: int) -> tuple[Linear, ...]:
     return (gate, Linear("up_proj", hidden, inner, facts.mlp_bias), down, *shared_gate)
 
 
+@lru_cache(maxsize=4096)
 def layer_linears(facts: ModelFacts, layer: int) -> tuple[Linear, ...]:
     """All nn.Linear modules of one layer."""
     return attention_linears(facts) + mlp_linears(facts, layer)
@@ -100,6 +102,7 @@ def expert_parameters(facts: ModelFacts, layer: int) -> int:
     return 3 * facts.num_experts * facts.hidden_size * facts.moe_intermediate_size
 
 
+@lru_cache(maxsize=4096)
 def layer_other_parameters(facts: ModelFacts, layer: int) -> int:
     """Norms, biases and the router of one layer."""
     norms = facts.norms_per_layer * facts.hidden_size + (2 * facts.head_dim if facts.qk_norm else 0)
@@ -108,6 +111,7 @@ def layer_other_parameters(facts: ModelFacts, layer: int) -> int:
     return norms + biases + router
 
 
+@lru_cache(maxsize=8192)
 def part_parameters(facts: ModelFacts, part: Part) -> PartParameters:
     """Count the parameters of a part: its layers, and the embedding, final norm and head where it holds them.
 
@@ -162,6 +166,7 @@ def adapts_experts(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> b
     return names is not None and (ALL_LINEAR in targets or set(names) <= set(targets))
 
 
+@lru_cache(maxsize=4096)
 def adapter_shapes(facts: ModelFacts, layer: int, rank: int, targets: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     """Rows and columns of every LoRA matrix of one layer.
 

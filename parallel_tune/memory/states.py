@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import PartParameters, adapter_shapes, layer_linears, part_parameters
@@ -112,6 +113,7 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
     return part_parameters(facts, part).total - outside, small
 
 
+@lru_cache(maxsize=8192)
 def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:
     """Weights, adapters, gradients and optimizer states of a part; torch keeps moments in the parameter's dtype."""
     optimizer = optimizer_named(settings.optimizer)
