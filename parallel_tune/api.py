@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from parallel_tune import planning, refusal, rundir
-from parallel_tune.commands import check_present, decide, find_hardware, start
+from parallel_tune.commands import start
 from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
 from strategies.contracts import Plan

@@ -89,10 +89,18 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
                 "tokens_per_second": tokens / seconds if seconds > 0 else None,
                 "devices": [
                     {"index": index, "allocated_bytes": torch.cuda.max_memory_allocated(index)}
-                    for index in range(torch.cuda.device_count() if self._session.device.type == "cuda" else 0)
+                    for index in self._own_devices()
                 ],
             }
         )
+
+    def _own_devices(self) -> list[int]:
+        """CUDA ordinals that this process computes on: its own under ddp, all visible ones of a split."""
+        if self._session.device.type != "cuda":
+            return []
+        if self._session.world_size > 1:
+            return [self._session.device.index]
+        return list(range(torch.cuda.device_count()))
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._session.is_main:

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from parallel_tune import rundir
-from parallel_tune.commands import decide, find_hardware, start
+from parallel_tune.commands import start
 from parallel_tune.config import TrainConfig
+from parallel_tune.decision import decide, find_hardware
 from parallel_tune.demo_model import fetch_demo_model
 from parallel_tune.plan_view import render_plan
 from parallel_tune.planning import require_fit

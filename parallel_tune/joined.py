@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import click
 
 from parallel_tune import planning, rundir
-from parallel_tune.commands import decide, find_hardware, train
 from parallel_tune.config import TrainConfig
+from parallel_tune.decision import decide, find_hardware
 from parallel_tune.display import summary
 from parallel_tune.plan_view import render_plan
 from parallel_tune.process import leave
@@ -22,18 +22,8 @@ from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError
 
 
-def train_joined(config: TrainConfig, launch: Launch) -> None:
-    """Join the launcher's processes, or go on alone where there is only one. Returns only in that case."""
-    if launch.world_size == 1:
-        click.echo(launch.dropping)
-        for name in launch.variables:
-            os.environ.pop(name, None)
-        train(config)
-        return
-    _train_as_rank(config, launch)
-
-
-def _train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
+def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
+    """Join the launcher's processes, train, and end this one with the run's code."""
     os.environ.update(launch.environment)
     import torch
     import torch.distributed as dist

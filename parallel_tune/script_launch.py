@@ -16,8 +16,8 @@ import click
 import psutil
 
 from parallel_tune import planning, refusal, rundir
-from parallel_tune.commands import check_devices, decide, find_hardware
 from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.decision import check_devices, decide, find_hardware
 from parallel_tune.launch import LaunchSpec, process_environment, torchrun_arguments
 from parallel_tune.plan_view import render_plan
 from parallel_tune.script import MODEL_VARIABLE

@@ -6,37 +6,11 @@ import types
 
 import pytest
 import torch
+from lane_steps import CPU, CUTS, VOCAB, Gradients, assert_same, batches, gradients
 from torch import Tensor, nn
 
 from strategies.pipeline import Lanes
 from strategies.stages import split
-
-torch.set_num_threads(1)
-CPU = torch.device("cpu")
-VOCAB = 31
-CUTS = {1: [0], 2: [0, 2], 3: [0, 1, 3], 4: [0, 1, 2, 3]}
-Gradients = dict[str, Tensor | None]
-
-
-def batches(count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    result = []
-    for index in range(count):
-        ids = torch.randint(3, VOCAB, (1, 4 + index % 3), generator=generator)
-        result.append({"input_ids": ids, "labels": ids})
-    return result
-
-
-def gradients(model: nn.Module) -> Gradients:
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(expected: tuple[list[Tensor], Gradients], found: tuple[list[Tensor], Gradients]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(expected[0], found[0], strict=True))
-    for name, gradient in expected[1].items():
-        other = found[1][name]
-        assert (gradient is None) == (other is None), name
-        assert gradient is None or (other is not None and torch.equal(gradient, other)), name
 
 
 class ToyLayer(nn.Module):

@@ -3,10 +3,10 @@
     python examples/benchmarks/prediction.py [--rows N] [--work FOLDER] [--results FOLDER]
 
 Random-weight models of well-known shapes are made on the spot. Every row is a `parallel-tune` run of its own on one
-GPU; where there are several GPUs, as many rows run side by side. Nothing else may use the GPUs. Of its first 21 rows on
-an H200 the allocator's reserve and the context were chosen by all, what Unsloth's layers keep by llama-1b, qwen3-1b,
-gemma3-1b and llama-3b in 4-bit (tests/test_memory_measured.py): those score the tensors of Unsloth's other llama-3b and
-llama-8b rows, and nothing is fitted for the tensors of transformers. Writes results/prediction.HARDWARE.json.
+GPU; where there are several GPUs, as many rows run side by side. Nothing else may use the GPUs. All of the first 21
+rows on an H200 were in view when Unsloth's layers and the allocator's reserve were corrected: of Unsloth's LoRA rows
+only llama-8b's determined no number. Nothing is fitted for the tensors of transformers. Writes
+results/prediction.HARDWARE.json.
 """
 
 from __future__ import annotations

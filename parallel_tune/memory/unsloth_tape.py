@@ -6,8 +6,9 @@ activation. And what torch's min-cut partitioner adds when the layer is one regi
 of the layer: attention's result a second time, in the order that the output projection reads, the adapters cast to the
 compute dtype, and room for the gradients of their second halves. Products, kernels and attention are not recomputed.
 
-Settled by the llama-1b rows on an H200 (torch 2.11): that attention's result is kept twice, and FEED_FORWARD_HIDDEN.
-The 4-bit row of llama-3b showed that k's and v's weights stay unpacked, so that row is no independent test of it.
+Measured on an H200 (torch 2.11), not read: llama-1b's rows show that attention's result is kept twice; with
+llama-3b's checkpointed row beside them, FEED_FORWARD_HIDDEN and OFFLOAD_BYTES; and llama-3b's 4-bit row that k's and
+v's weights stay unpacked, though why only those is not known. llama-8b's row determined nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KERNEL_FAMILIES = frozenset(
 """Model types whose layers Unsloth has written itself. In others, which it only compiles, the feed-forward block keeps
 its inner product as well, and attention's result lies as the projection reads it: settled by one row of gemma3-1b."""
 OFFLOAD_BYTES = 64 << 20
-"""What checkpoints in host memory cost the device, whatever the model: measured with llama-1b, of unknown parts."""
+"""What checkpoints in host memory cost the device, whatever the model: measured, of unknown parts."""
 FEED_FORWARD_HIDDEN = 3
 """Hidden states that the compiled backward of a feed-forward block holds beside its three inner ones."""
 

@@ -1,0 +1,62 @@
+"""The plan of a run on the devices that are there or declared, and whether they are really there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from parallel_tune import planning
+from parallel_tune.config import TrainConfig
+from parallel_tune.engines import choose_engine, missing_packages
+from parallel_tune.hardware import parse_hardware, probe
+from parallel_tune.launch import worker_argv
+from parallel_tune.memory.lookup import load_model_facts
+from strategies.contracts import Hardware, Plan
+from strategies.errors import ConfigError
+from strategies.registry import load_registry
+
+
+def find_hardware(config: TrainConfig) -> Hardware:
+    """The declared devices, or those of this machine."""
+    return parse_hardware(config.hardware) if config.hardware else probe(dict(os.environ))
+
+
+def decide(config: TrainConfig, hardware: Hardware) -> tuple[Plan, list[str]]:
+    """The plan and the lines to say before it."""
+    gpus = hardware.kind == "cuda"
+    engine, said = choose_engine(config.engine, gpus, hardware.declared)
+    registry = load_registry()
+    plan = planning.make_plan(config, load_model_facts(config.model), engine, hardware, registry)
+    plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
+    lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
+    lines += registry.warnings()
+    if not gpus and not config.hardware:
+        lines.append(
+            "No GPU was found: training on the CPU as one device (cpu:1). "
+            "`--hardware cpu:2` gives two virtual devices to try the strategies on."
+        )
+    return plan, lines
+
+
+def check_present(plan: Plan, hardware: Hardware) -> None:
+    """Refuse to train on devices that were only declared.
+
+    Raises:
+        ConfigError: the plan needs GPUs that this machine does not have.
+    """
+    check_devices(len(plan.visible), plan.devices[0].kind, hardware)
+
+
+def check_devices(needed: int, kind: str, hardware: Hardware) -> None:
+    """As `check_present`, for a number of devices."""
+    if kind == "cpu":
+        return
+    present = len(hardware.devices) if not hardware.declared else 0
+    if hardware.declared:
+        found = probe(dict(os.environ))
+        present = len(found.devices) if found.kind == "cuda" else 0
+    if present < needed:
+        raise ConfigError(
+            f"the plan needs {needed} GPUs and this machine has {present}",
+            "`parallel-tune plan` shows the plan for declared hardware; train where the GPUs are.",
+        )
