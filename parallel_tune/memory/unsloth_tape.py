@@ -3,8 +3,9 @@
 Two sources. What the autograd functions of unsloth/kernels (release 2026.10, Apache-2.0) save: the norm its input and a
 float32 per token; the q, k, v product its input; the feed-forward block its input and the two products before the
 activation. And what torch's min-cut partitioner adds when the layer is one region, seen by running it over a replica
-of the layer: attention's result a second time, in the order that the output projection reads, the adapters cast to the
-compute dtype, and room for the gradients of their second halves. Products, kernels and attention are not recomputed.
+of the layer: attention's result a second time where it does not lie as the output projection reads it, the adapters
+cast to the compute dtype, and room for the gradients of their second halves. Products, kernels and attention are not
+recomputed.
 
 Measured on an H200 (torch 2.11), not read: llama-1b's rows show that attention's result is kept twice; with
 llama-3b's checkpointed row beside them, FEED_FORWARD_HIDDEN and OFFLOAD_BYTES; and llama-3b's 4-bit row that k's and
