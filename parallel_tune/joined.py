@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, NoReturn
 
 import click
@@ -28,14 +27,9 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     import torch
     import torch.distributed as dist
 
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(launch.local_rank)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=timedelta(seconds=config.ddp_timeout),
-        device_id=torch.device("cuda", launch.local_rank) if cuda else None,
-    )
+    from strategies.sessions import join_processes
+
+    join_processes(torch.cuda.is_available(), launch.local_rank, config.ddp_timeout)
     decision: list[dict[str, Any]] = [_decide(config, launch) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:

@@ -150,18 +150,30 @@ class SplitSession:
             self._lanes.close()
 
 
-def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:
-    """Join the process group that the launcher's variables describe; the device is chosen before anything uses it."""
-    session = ReplicaSession(plan)
-    if plan.devices[0].kind == "cuda":
-        torch.cuda.set_device(session.local_rank)
-    if session.world_size > 1 and not dist.is_initialized():
-        cuda = plan.devices[0].kind == "cuda"
+def join_processes(cuda: bool, local_rank: int, timeout_seconds: int) -> None:
+    """Join the process group that the launcher's variables describe, unless this process is in it already.
+
+    The device is chosen before anything can use another one. Tensors on a CPU go through gloo, those on GPUs through
+    NCCL.
+    """
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            device_id=session.device if cuda else None,
+            device_id=torch.device("cuda", local_rank) if cuda else None,
         )
+
+
+def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:
+    """Take this process's place among the replicas."""
+    session = ReplicaSession(plan)
+    cuda = plan.devices[0].kind == "cuda"
+    if session.world_size > 1:
+        join_processes(cuda, session.local_rank, timeout_seconds)
+    elif cuda:
+        torch.cuda.set_device(session.local_rank)
     return session
 
 
