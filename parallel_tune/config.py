@@ -62,6 +62,8 @@ class TrainConfig:
     answers_only: bool = option(False, "Data", "Learn from the answers only; prompts carry no loss.", aliases=("train_on_responses_only",), basic=True)
     val_size: float = option(0.0, "Data", "Rows held out for evaluation: a share below 1, or a number of rows.")
     max_rows: int | None = option(None, "Data", "Use only the first rows of the dataset.")
+    padding_free: str = option("auto", "Data", "Join the rows of a micro-batch instead of padding them; auto where attention can keep to each row.", choices=("auto", "on", "off"))
+    packing: bool = option(False, "Data", "Fill sequences of max_seq_length with rows, best fit first; batch sizes then count sequences.")
 
     global_batch_size: int | None = option(None, "Training", "Samples per optimizer step over all devices, kept for any strategy.", basic=True)
     per_device_train_batch_size: int | None = option(None, "Training", "Rows of one forward pass on one device; planned if left out (2 for the product).", basic=True)
@@ -241,6 +243,10 @@ def validate(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             "full_finetuning and load_in_4bit exclude each other: 4-bit weights cannot be trained",
             "Drop one of them; QLoRA is load_in_4bit alone.",
+        )
+    if config.packing and config.padding_free == "off":
+        raise ConfigError(
+            "packing joins rows in one sequence, and padding_free = 'off' forbids that", "Drop one of the two."
         )
     trackers.check_names(config.report_to)
     if config.stages is not None and config.strategy == "ddp":

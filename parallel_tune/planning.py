@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel_tune.config import TrainConfig
@@ -12,6 +12,7 @@ from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.padding_free import decide_padding
 from strategies.contracts import (
     Arrangement,
     Checkpointing,
@@ -51,14 +52,15 @@ def _plan(
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
     dtype = compute_dtype(config, hardware)
+    padding = decide_padding(config, facts, engine, hardware, dtype)
     plan = closest_plan(
         workload(config, facts, engine),
         hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, dtype)),
+        ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free)),
         registry,
         strategy,
     )
-    plan = replace(plan, dtype=dtype)
+    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason)
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
@@ -105,8 +107,12 @@ def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
     return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
 
 
-def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> TrainingSettings:
+def training_settings(
+    config: TrainConfig, engine: EngineName, dtype: str, padding_free: bool = False
+) -> TrainingSettings:
     """What the memory estimate needs to know of the settings."""
+    # Attention that keeps to rows by their boundaries has no mask; eager attention has nothing else.
+    unmasked = padding_free and config.attn_implementation != "eager"
     fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
     return TrainingSettings(
         method="full" if config.full_finetuning else "lora",
@@ -120,24 +126,45 @@ def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> Tr
         cross_entropy="fused" if fused else "plain",
         engine=engine,
         sequence_length=config.max_seq_length,
+        packed=padding_free,
+        attention_mask=False if unmasked else None,
     )
 
 
-def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: bool) -> list[MemoryEstimate]:
-    """What each device of a plan needs when no row is longer than `longest_row` tokens.
+@dataclass(frozen=True)
+class TrainedRows:
+    """The lengths of rows, as far as memory depends on them.
+
+    Attributes:
+        longest: tokens of the longest row.
+        largest_micro_batch: tokens of the largest micro-batch, padding not counted.
+        alike: all rows have one length.
+        padded_reason: why rows of a micro-batch are padded; None where they are joined.
+    """
+
+    longest: int
+    largest_micro_batch: int
+    alike: bool
+    padded_reason: str | None
+
+
+def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list[MemoryEstimate]:
+    """What each device of a plan needs for rows whose lengths are known.
 
     The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
-    hold against a measurement.
+    hold against a measurement. Padded rows are all counted as long as the longest; of joined ones the sum counts.
     """
+    padding_free = rows.padded_reason is None
     facts = load_model_facts(config.model)
-    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
-    if not padded:
+    settings = training_settings(config, plan.engine, plan.dtype, padding_free)
+    settings = replace(settings, sequence_length=rows.largest_micro_batch if padding_free else rows.longest)
+    if rows.alike:
         settings = replace(settings, attention_mask=False)  # rows of one length need none
     estimator = ClosedFormEstimator(facts, settings)
     split = plan.processes == 1 and len(plan.devices) > 1
     arrangement = Arrangement(
         plan.processes,
-        plan.micro_batch,
+        1 if padding_free else plan.micro_batch,
         plan.gradient_accumulation_steps,
         plan.gradient_checkpointing,
         lanes=plan.lanes,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune.config import TrainConfig
-from parallel_tune.planning import predict_for_rows
+from parallel_tune.planning import TrainedRows, predict_for_rows
 from parallel_tune.rundir import RunDir, write_atomically
 from strategies.base import Session
 from strategies.contracts import Plan
@@ -51,14 +51,13 @@ def write(
     steps: int,
     losses: dict[str, float],
     data: Any,
-    longest_row: int,
-    padded: bool,
+    rows: TrainedRows,
     total_seconds: float,
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
 
     The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
-    prediction for the longest row that was trained (`predicted_*_bytes`).
+    prediction for the rows that were trained (`predicted_*_bytes`).
     """
     measured: dict[int, dict[str, int]] = {}
     for by_device in session.gather(measure_devices(plan, session)):
@@ -68,7 +67,7 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
-    predictions = predict_for_rows(config, plan, longest_row, padded)
+    predictions = predict_for_rows(config, plan, rows)
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -86,7 +85,10 @@ def write(
         **by_strategy,
         "result": str(run.result(config).relative_to(run.path)),
         "data": asdict(data),
-        "longest_row": longest_row,
+        "longest_row": rows.longest,
+        "largest_micro_batch_tokens": rows.largest_micro_batch,
+        "padding_free": rows.padded_reason is None,
+        "padded_reason": rows.padded_reason,
         "devices": [
             {
                 "index": device.index,

@@ -65,6 +65,15 @@ class GlobalBatches:
         """Tokens of the longest row among the first `steps` steps."""
         return max(self.lengths[i] for step in range(min(steps, self.steps_per_epoch)) for i in self.sample_ids(step))
 
+    def largest_micro_batch(self, steps: int, processes: int, micro_batch: int, num_micro_batches: int) -> int:
+        """Tokens of the largest micro-batch among the first `steps` steps, padding not counted."""
+        return max(
+            sum(self.lengths[i] for i in rows)
+            for step in range(min(steps, self.steps_per_epoch))
+            for rank in self.micro_batches(step, processes, micro_batch, num_micro_batches)
+            for rows in rank
+        )
+
     def target_tokens(self, step: int) -> int:
         """Predicted tokens of one step over all ranks: the loss is the mean over these."""
         return sum(self.targets[i] for i in self.sample_ids(step))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 from parallel_tune.checkpoint import mark_complete, rotate
 from parallel_tune.config import TrainConfig
-from parallel_tune.data import EncodedRows, collate
+from parallel_tune.data import EncodedRows, boundary_arguments, collate, join
+from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
@@ -44,12 +45,21 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose steps are global batches, and whose loss is the mean over all their predicted tokens."""
 
     def __init__(
-        self, *, batches: GlobalBatches, session: Session, plan: Plan, keep: int | None, **kwargs: Any
+        self,
+        *,
+        batches: GlobalBatches,
+        session: Session,
+        plan: Plan,
+        keep: int | None,
+        pad: Callable[[list[Any]], dict[str, Any]],
+        **kwargs: Any,
     ) -> None:
+        """As SFTTrainer's, and `pad` makes the held-out rows' batches."""
         self.batches = batches
         self.session = session
         self.plan = plan
         self._keep = keep
+        self._pad = pad
         self._evaluated: tuple[int, float] | None = None
         self._waiting: list[Any] = []
         super().__init__(**kwargs)
@@ -99,6 +109,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
         TRL's needs a Triton kernel, so a GPU, and gathers metrics over all ranks in each micro-batch.
         """
+        if "row_lengths" in inputs:
+            lengths = inputs["row_lengths"]
+            inputs = {name: value for name, value in inputs.items() if name != "row_lengths"}
+            inputs |= boundary_arguments(lengths, self.plan.engine, inputs["input_ids"].device)
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -150,7 +164,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if eval_dataset is None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
+        loss = held_out_loss(self.model, rows, self._pad, self.args.per_device_eval_batch_size, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
@@ -175,7 +189,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 def build_trainer(
     model: Any,
     tokenizer: Any,
-    train_rows: EncodedRows,
+    train_rows: EncodedRows | PackedRows,
     held_out_rows: EncodedRows | None,
     batches: GlobalBatches,
     config: TrainConfig,
@@ -185,8 +199,13 @@ def build_trainer(
     run_path: Path,
     engine_arguments: dict[str, Any],
     callbacks: list[TrainerCallback],
+    padding_free: bool,
 ) -> GlobalBatchTrainer:
     """The trainer of this rank, ready for `train()`."""
+
+    def pad(rows: list[Any]) -> dict[str, Any]:
+        return collate(rows, tokenizer.pad_token_id)
+
     half = dtype != torch.float32
     arguments = Arguments(
         output_dir=str(run_path),
@@ -221,7 +240,7 @@ def build_trainer(
         average_tokens_across_devices=True,
         max_length=None,
         packing=False,
-        padding_free=False,
+        padding_free=False,  # Our own, which Unsloth must not replace
         dataset_kwargs={"skip_prepare_dataset": True},
         **session.training_arguments(),
         **engine_arguments,
@@ -236,6 +255,7 @@ def build_trainer(
         train_dataset=train_rows.to_dataset(),
         eval_dataset=held_out_rows.to_dataset() if held_out_rows is not None else None,
         processing_class=tokenizer,
-        data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+        data_collator=(lambda rows: join(rows, tokenizer.pad_token_id)) if padding_free else pad,
+        pad=pad,
         callbacks=callbacks,
     )

@@ -219,6 +219,8 @@ class Plan:
         device_map: module name -> device index; {"": "local_rank"} when each process holds a replica.
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
+        padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
+        padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
     """
 
@@ -235,6 +237,8 @@ class Plan:
     predicted_tokens_per_second: float
     lanes: int = 1
     dtype: str = "bfloat16"
+    padding_free: bool = False
+    padded_reason: str = ""
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()

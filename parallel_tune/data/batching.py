@@ -1,9 +1,10 @@
-"""From encoded rows to training and held-out sets, and to padded batches."""
+"""From encoded rows to training and held-out sets, and to padded or joined batches."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune.data.rows import IGNORED, EncodedRow, EncodedRows
@@ -42,6 +43,55 @@ def collate(
         batch["attention_mask"][number, :length] = 1
         batch["labels"][number, :length] = torch.tensor(row["labels"])
     return batch
+
+
+def join(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, Any]:
+    """One row of all rows' tokens, without padding: the padding-free batch.
+
+    - `input_ids`, `position_ids`, `labels`: int64 of shape [1, T], T the tokens of all rows; positions start again at
+      0 in each row. The first label of each row is ignored, so that no row's end predicts the next one's beginning.
+    - `row_lengths`: tokens of each row, a list of Python integers that sum to T. It is for the host: take it out
+      (`boundary_arguments`) before the model is called.
+
+    There is no `attention_mask`: attention has to keep to the rows by their boundaries, and no cache may be used. No
+    rows at all give the zero-weight batch, as `collate` does.
+    """
+    import torch
+
+    if not rows:
+        rows = [{"input_ids": [pad_token_id] * DUMMY_TOKENS, "labels": [IGNORED] * DUMMY_TOKENS}]
+    lengths = [length for row in rows for length in row.get("row_lengths") or [len(row["input_ids"])]]
+    labels = torch.tensor(list(chain.from_iterable(row["labels"] for row in rows)))
+    labels[[end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]] = IGNORED
+    return {
+        "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": labels[None],
+        "row_lengths": lengths,
+    }
+
+
+def boundary_arguments(row_lengths: Sequence[int], engine: str, device: torch.device) -> dict[str, Any]:
+    """What a model's attention needs in order to keep to the rows of a joined batch, as arguments of its forward.
+
+    transformers' names are those of its flash attention: `cu_seq_lens_q` and `_k`, int32 [rows + 1], where rows begin
+    and end; `max_length_q` and `_k`, integers; `row_lengths` is for our own attention on a CPU. Unsloth takes
+    `packed_seq_lengths`, int32 [rows] in host memory, and copies it to the device itself. With a cache transformers
+    would let attention cross rows.
+    """
+    import torch
+
+    if engine == "unsloth":
+        return {"packed_seq_lengths": torch.tensor(row_lengths, dtype=torch.int32), "use_cache": False}
+    bounds = torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(row_lengths),
+        "max_length_k": max(row_lengths),
+        "row_lengths": tuple(row_lengths),
+        "use_cache": False,
+    }
 
 
 def split_held_out(rows: Any, fraction_or_count: float, seed: int) -> tuple[Any, Any]:

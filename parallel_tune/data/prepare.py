@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.batching import split_held_out
 from parallel_tune.data.encoding import encode_rows
 from parallel_tune.data.loading import load_rows
+from parallel_tune.data.packing import PackedRows, pack
 from parallel_tune.data.rows import DataReport, EncodedRows
 
 
-def prepare_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedRows, EncodedRows | None, DataReport]:
-    """Training rows, held-out rows (None if none are held out), and what became of the dataset.
+def prepare_data(
+    config: TrainConfig, tokenizer: Any
+) -> tuple[EncodedRows | PackedRows, EncodedRows | None, DataReport]:
+    """Training rows or packed sequences, held-out rows (None if none are held out), and what became of the dataset.
 
     Raises:
         ConfigError: the dataset cannot be read or has nothing to learn.
@@ -21,7 +25,10 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedRows, Enco
     if config.max_rows is not None:
         rows = [rows[number] for number in range(min(config.max_rows, len(rows)))]
     encoded, report = encode_rows(rows, tokenizer, config.max_seq_length, config.answers_only)
-    if not config.val_size:
-        return encoded, None, report
-    train, held_out = split_held_out(encoded, config.val_size, config.seed)
-    return train, held_out, report
+    train, held_out = encoded, None
+    if config.val_size:
+        train, held_out = split_held_out(encoded, config.val_size, config.seed)
+    if not config.packing:
+        return train, held_out, report
+    packed = pack(train, config.max_seq_length)
+    return packed, held_out, replace(report, sequences=len(packed))

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, NotRequired, TypedDict, overload
 
 from strategies.errors import ConfigError
 
@@ -19,10 +19,14 @@ PERCENTILES = (5, 50, 90, 99, 100)
 
 
 class EncodedRow(TypedDict):
-    """One row as the model sees it; both lists have one entry a token, and `labels[0]` is always IGNORED."""
+    """One row as the model sees it; both lists have one entry a token, and `labels[0]` is always IGNORED.
+
+    `row_lengths` is there in a packed sequence alone: the tokens of each of its rows, in order.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    row_lengths: NotRequired[list[int]]
 
 
 class EncodedRows(Sequence[EncodedRow]):
@@ -127,6 +131,7 @@ class DataReport:
         tokens: tokens of all rows kept.
         answer_tokens: those of them that the loss is computed on.
         length_percentiles: percentile -> tokens of a row, over the rows kept.
+        sequences: packed sequences that the training rows make; 0 without packing.
     """
 
     format: str
@@ -137,6 +142,7 @@ class DataReport:
     tokens: int = 0
     answer_tokens: int = 0
     length_percentiles: dict[int, int] = field(default_factory=dict)
+    sequences: int = 0
 
     def summary(self) -> str:
         """One line for people."""
@@ -144,6 +150,8 @@ class DataReport:
         if self.length_percentiles:
             median, longest = self.length_percentiles[50], self.length_percentiles[100]
             parts.append(f"lengths: half up to {median:,}, longest {longest:,}")
+        if self.sequences:
+            parts.append(f"training rows packed in {self.sequences:,} sequences")
         if self.truncated_rows:
             parts.append(f"{self.truncated_rows:,} cut to the maximum length")
         if self.dropped_rows:

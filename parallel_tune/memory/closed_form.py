@@ -192,7 +192,9 @@ class _Moments:
         tokens = self.arrangement.micro_batch * settings.sequence_length
         indices = INDEX_BYTES * (settings.sequence_length + tokens * (part.embedding + 2 * part.head))
         kinds = 2 if facts.model_type.startswith("gemma3") else 1
-        rotary = kinds * 2 * settings.sequence_length * facts.head_dim * settings.compute_bytes
+        # Joined rows have a place in the tables each, padded ones share theirs.
+        places = tokens if settings.packed else settings.sequence_length
+        rotary = kinds * 2 * places * facts.head_dim * settings.compute_bytes
         incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
         # Recomputation needs the mask again; without it only the layers' biases made of it remain.
         offload = OFFLOAD_BYTES if self.arrangement.gradient_checkpointing == "unsloth" else 0
@@ -204,8 +206,9 @@ class _Moments:
         windowed = any(layer in self.facts.windowed_layers for layer in self.layers) and (
             length >= self.facts.sliding_window
         )
-        masked = windowed or self.settings.masked(self.arrangement.micro_batch)
-        return self.arrangement.micro_batch * length * length if masked else 0
+        micro_batch = self.arrangement.micro_batch
+        masked = (windowed and not self.settings.packed) or self.settings.masked(micro_batch)
+        return micro_batch * length * self.settings.mask_width(micro_batch) if masked else 0
 
 
 def _representative(facts: ModelFacts, layer: int) -> int:

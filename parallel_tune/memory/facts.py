@@ -43,6 +43,7 @@ class ModelFacts:
         extra_parameters: parameters beside the text model (a vision tower), held with the embedding.
         dtype: the dtype that the weights are published in.
         quantized_4bit: the repository holds bitsandbytes 4-bit weights.
+        foreign_mixer: what brings tokens together beside full and windowed attention, e.g. "linear_attention" layers.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class ModelFacts:
     extra_parameters: int = 0
     dtype: str = "bfloat16"
     quantized_4bit: bool = False
+    foreign_mixer: str = ""
     modules: ModuleNames = field(default_factory=ModuleNames)
 
     @property
@@ -150,6 +152,7 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         extra_parameters=_vision_parameters(vision, int(text["hidden_size"])) if isinstance(vision, Mapping) else 0,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         quantized_4bit=_is_quantized_4bit(config),
+        foreign_mixer=_foreign_mixer(text),
         modules=_module_names(isinstance(nested, Mapping)),
     )
 
@@ -179,6 +182,18 @@ def _windows(text: Mapping[str, Any], model_type: str, layers: int) -> tuple[int
             return 0, ()
         return window, tuple(range(int(text.get("max_window_layers") or 0), layers))
     return window, tuple(range(layers))
+
+
+def _foreign_mixer(text: Mapping[str, Any]) -> str:
+    """Layers by their names in the config; models that list none show themselves by the sizes of their states."""
+    kinds = text.get("layer_types")
+    known = {"full_attention", "sliding_attention"}
+    for kind in kinds if isinstance(kinds, list) else ():
+        if kind not in known:
+            return f"{kind} layers"
+    prefixes = ("mamba_", "ssm_", "rwkv_", "lru_", "linear_conv_")
+    named = (name for name in text if name.startswith(prefixes) or name in {"state_size", "conv_kernel"})
+    return next((f"a {name}" for name in named), "")
 
 
 def _vision_parameters(vision: Mapping[str, Any], text_hidden_size: int) -> int:

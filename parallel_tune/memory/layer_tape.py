@@ -144,9 +144,9 @@ def _scores(
     """Flash attention keeps q, k, v, its output and a float32 per head and token. With a mask there is no kernel for
     grouped heads: keys and values are repeated, and the mask becomes a bias that the derivative keeps."""
     query, key, value = states
-    masked = scene.settings.masked(micro_batch) or (
-        layer in facts.windowed_layers and scene.settings.sequence_length >= facts.sliding_window
-    )
+    settings = scene.settings
+    windowed = layer in facts.windowed_layers and settings.sequence_length >= facts.sliding_window
+    masked = settings.masked(micro_batch) or (windowed and not settings.packed)
     query_bytes, key_bytes = scene.bytes_of(facts.query_size), scene.bytes_of(facts.kv_size)
     bias = tape.hold(0)
     if masked and facts.num_heads != facts.num_kv_heads:
@@ -158,7 +158,7 @@ def _scores(
         key_bytes = query_bytes
     if masked:
         tape.release(bias)
-        bias = tape.hold(scene.tokens * scene.settings.sequence_length * scene.element_bytes)
+        bias = tape.hold(scene.tokens * settings.mask_width(micro_batch) * scene.element_bytes)
     statistic = tape.hold(scene.tokens * facts.num_heads * ops.FLOAT32_BYTES)
     joined = tape.operation(
         query_bytes,

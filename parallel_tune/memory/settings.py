@@ -81,6 +81,10 @@ class TrainingSettings:
             return self.attention_mask
         return self.engine == "transformers" and (self.packed or micro_batch > 1)
 
+    def mask_width(self, micro_batch: int) -> int:
+        """Tokens that a token's row of the mask has: those of its own row, or of all rows where they are joined."""
+        return self.sequence_length * (micro_batch if self.packed else 1)
+
     @property
     def autocast(self) -> bool:
         """Whether the Trainer runs the forward pass under autocast: it does whenever it computes in 16 bits."""

@@ -96,7 +96,7 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     else:
         kept = (states,)
     statistic = tape.hold(scene.tokens * facts.num_heads * ops.FLOAT32_BYTES)
-    square = scene.tokens * scene.settings.sequence_length * scene.element_bytes
+    square = scene.tokens * scene.settings.mask_width(micro_batch) * scene.element_bytes
     bias = tape.hold(square if scene.settings.masked(micro_batch) else 0)
     joined = tape.operation(
         scene.bytes_of(facts.query_size), ((kept[0], kept[0].size_bytes),), (*kept, statistic, bias), save_output=True

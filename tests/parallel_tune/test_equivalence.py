@@ -198,5 +198,7 @@ def test_what_a_third_party_saw(
     if strategy == "noted_split":
         # One cut: once forward and once backward for each micro-batch; the held-out rows cross it forward only.
         evaluation = 2 * 2
+        # Three rows alone, then together: the check that the model keeps them apart.
+        evaluation += 3 + 1
         passes = STEPS * micro_batches
         assert notes[0]["crossings"] == [{"forward": passes + evaluation, "backward": passes}]

@@ -36,8 +36,7 @@ class Notes:
 
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if model.training:
-            pairs = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True)
-            self.passes.append([ids[: sum(mask)] for ids, mask in pairs])
+            self.passes.append(rows_of(kwargs))
             self._fault()
 
     def _fault(self) -> None:
@@ -58,6 +57,16 @@ class Notes:
             digest.update(parameter.detach().numpy().tobytes())
         seen = {"passes": self.passes, "weights": digest.hexdigest(), "crossings": [asdict(c) for c in crossings]}
         (self.folder / f"rank-{self.rank}.json").write_text(json.dumps(seen))
+
+
+def rows_of(batch: dict[str, Any]) -> list[list[int]]:
+    """Token ids of each row of a batch, padded or joined."""
+    if "attention_mask" in batch:
+        pairs = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+        return [ids[: sum(mask)] for ids, mask in pairs]
+    (ids,), (positions,) = batch["input_ids"].tolist(), batch["position_ids"].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
 class NotedReplica(ReplicaSession):
