@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ LAYOUTS = {
     "ddp on 3": (None, ("--strategy=ddp", "--hardware=cpu:3")),
     "model_parallel on 2": ("split_run", ()),
     "model_parallel on 3": (None, ("--strategy=model_parallel", "--hardware=cpu:3")),
+    "padded ddp on 2": (None, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "padded, three rows": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
+    "ddp on 2, a row": (None, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
+    "all rows at once": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "lanes, three rows": (
+        None,
+        ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on", "--per_device_train_batch_size=3"),
+    ),
 }
 
 
@@ -122,6 +131,8 @@ def test_losses_are_the_references(
     rows: tuple[Rows, Rows],
 ) -> None:
     fixture, options = LAYOUTS[layout]
+    if any(option.startswith("--per_device_train_batch_size") for option in options):
+        tune = replace(tune, base=tuple(option for option in tune.base if "per_device" not in option))
     run = request.getfixturevalue(fixture) if fixture else tune(*options)
     losses, norms, held_out = adapted
     assert [row["step"] for row in run.metrics] == list(range(1, STEPS + 1))
@@ -132,6 +143,7 @@ def test_losses_are_the_references(
     tokens = [sum(len(rows[0][number]["input_ids"]) for number in ids) for ids in sample_ids()]
     assert [row["tokens"] for row in run.metrics] == tokens
     assert run.report["held_out_loss_after"] == pytest.approx(held_out, rel=TOLERANCE)
+    assert run.report["padding_free"] == ("--padding_free=off" not in options)
     assert (run.report["samples"], run.report["steps"]) == (53 * EPOCHS, STEPS)
     assert run.plan["processes"] * run.plan["micro_batch"] * run.plan["gradient_accumulation_steps"] == 12
 
