@@ -63,6 +63,7 @@ class TrainConfig:
     val_size: float = option(0.0, "Data", "Rows held out for evaluation: a share below 1, or a number of rows.")
     max_rows: int | None = option(None, "Data", "Use only the first rows of the dataset.")
     padding_free: str = option("auto", "Data", "Join the rows of a micro-batch instead of padding them; auto where attention can keep to each row.", choices=("auto", "on", "off"))
+    capture: str = option("auto", "Hardware", "Record a step once as a CUDA graph and replay it, under ddp: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
     packing: bool = option(False, "Data", "Fill sequences of max_seq_length with rows, best fit first; batch sizes then count sequences.")
 
     global_batch_size: int | None = option(None, "Training", "Samples per optimizer step over all devices, kept for any strategy.", basic=True)

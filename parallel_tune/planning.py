@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from parallel_tune.capture import why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.memory.closed_form import ClosedFormEstimator
@@ -53,18 +54,27 @@ def _plan(
         strategy = "model_parallel"
     dtype = compute_dtype(config, hardware)
     padding = decide_padding(config, facts, engine, hardware, dtype)
+    uncaptured = why_not_captured(config, facts, engine, hardware, padding)
     plan = closest_plan(
-        workload(config, facts, engine),
+        replace(workload(config, facts, engine), capture=not uncaptured),
         hardware,
         ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free)),
         registry,
         strategy,
     )
     plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason)
+    if not plan.captured:
+        plan = replace(plan, uncaptured_reason=uncaptured or _uncaptured(plan))
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
     return plan
+
+
+def _uncaptured(plan: Plan) -> str:
+    if plan.gradient_checkpointing != "none":
+        return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+    return f"{plan.strategy} has no captured step"
 
 
 def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:
@@ -169,6 +179,7 @@ def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list
         plan.gradient_checkpointing,
         lanes=plan.lanes,
         stages=len(plan.devices) if split else 1,
+        captured=plan.captured,
     )
     last = facts.num_layers - 1
     predicted = []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 NAME = "parallel_tune_rows"
 """What `_attn_implementation` of a model's config calls it."""
@@ -80,6 +81,31 @@ def attend(
     return _by_row(query, key, value, scaling, sliding_window, dropout, row_lengths), None
 
 
+class KeepToRows(TorchFunctionMode):
+    """While it is entered, causal attention over all tokens keeps to rows: for models that call torch's own.
+
+    Args:
+        bounds: int32 [rows + 1], where rows begin and end; nothing of it is read on the host.
+        longest: no row is longer.
+    """
+
+    def __init__(self, bounds: Tensor, longest: int) -> None:
+        super().__init__()
+        self._bounds, self._longest = bounds, longest
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        if call.get("attn_mask") is not None or not call.get("is_causal") or call.get("dropout_p"):
+            raise NotImplementedError("attention with a mask of its own, or with dropout, cannot be kept to rows")
+        query, key, value = (call[name] for name in names[:3])
+        joined = _varlen(query, key, value, call.get("scale"), None, self._bounds, self._longest)
+        return joined.transpose(1, 2)
+
+
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -120,7 +146,7 @@ def _by_row(
     if query.shape[1] != key.shape[1]:
         key, value = _repeated(query, key, value)
     rows = []
-    for start, end in pairwise([0, *accumulate(lengths)]):
+    for start, end in pairwise([0, *accumulate(length for length in lengths if length)]):
         near = None
         if window is not None and end - start > window:
             ones = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device)

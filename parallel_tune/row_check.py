@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from parallel_tune.config import TrainConfig
-from parallel_tune.data import EncodedRow, boundary_arguments, join
+from parallel_tune.data import EncodedRow, fill_up, join
 from parallel_tune.padding_free import refusal
+from parallel_tune.row_arguments import model_arguments
 from parallel_tune.row_attention import flash_serves, use_row_attention
 from strategies.base import Session
 from strategies.contracts import Plan
@@ -55,6 +56,31 @@ def settle_padding(
     return reason
 
 
+def settle_capture(
+    model: Any,
+    rows: Sequence[EncodedRow],
+    plan: Plan,
+    session: Session,
+    dtype: torch.dtype,
+    padded_reason: str | None,
+) -> str | None:
+    """The reason why steps are not captured, None if they may be: joined rows at a fixed size must stay apart too.
+
+    Every rank calls it, after `settle_padding`.
+    """
+    if not plan.captured:
+        return plan.uncaptured_reason
+    if padded_reason is not None:
+        return f"rows are padded, since {padded_reason}"
+    few = [_end_of(rows[number % len(rows)]) for number in range(ROWS)]
+    with torch.no_grad(), torch.autocast(session.device.type, dtype):
+        alone = torch.cat([_logits(model, [row], plan, session) for row in few])
+        reason = _difference(model.train(), few, alone, plan, session, TOLERANCE[dtype], fixed=True)
+    if session.any(reason is not None):
+        return reason or "another process found that rows see each other"
+    return None
+
+
 def use_library_attention(model: Any) -> None:
     """Back to transformers' own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -67,11 +93,17 @@ def _end_of(row: EncodedRow) -> EncodedRow:
 
 
 def _difference(
-    model: Any, rows: list[EncodedRow], alone: torch.Tensor, plan: Plan, session: Session, tolerance: float
+    model: Any,
+    rows: list[EncodedRow],
+    alone: torch.Tensor,
+    plan: Plan,
+    session: Session,
+    tolerance: float,
+    fixed: bool = False,
 ) -> str | None:
     """Why joined rows' logits are not those of the rows alone, [tokens, vocabulary]; None if they are."""
     try:
-        joined = _logits(model, rows, plan, session)
+        joined = _logits(model, rows, plan, session, fixed)
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"its forward takes no row boundaries ({type(error).__name__}: {error})"
     change = float((joined - alone).square().mean().sqrt() / alone.std())
@@ -80,12 +112,17 @@ def _difference(
     return f"the outputs of a row change by {change:.1%} of their spread when others stand beside it"
 
 
-def _logits(model: Any, rows: list[EncodedRow], plan: Plan, session: Session) -> torch.Tensor:
+def _logits(model: Any, rows: list[EncodedRow], plan: Plan, session: Session, fixed: bool = False) -> torch.Tensor:
     """float32 [tokens, vocabulary] of joined rows; a single row goes without boundaries, as any model takes it."""
     batch = join(rows, pad_token_id=0)
-    lengths = batch.pop("row_lengths")
+    tokens = sum(batch["row_lengths"])
+    if fixed:
+        batch = fill_up(batch, 0, tokens + TOKENS, len(rows) + 1)
+    elif len(rows) == 1:
+        batch.pop("row_lengths")
     batch.pop("labels")
-    batch = {name: tensor.to(session.device) for name, tensor in batch.items()}
-    several = boundary_arguments(lengths, plan.engine, session.device) if len(rows) > 1 else {"use_cache": False}
-    logits: torch.Tensor = model(**batch, **several).logits[0]
-    return logits.float()
+    on_device = {name: value.to(session.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    arguments, keep_to_rows = model_arguments(on_device, plan.engine)
+    with keep_to_rows:
+        logits: torch.Tensor = model(**(arguments | {"use_cache": False})).logits[0]
+    return logits[:tokens].float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from trl import SFTConfig, SFTTrainer
 
 from parallel_tune.checkpoint import mark_complete, rotate
 from parallel_tune.config import TrainConfig
-from parallel_tune.data import EncodedRows, boundary_arguments, collate, join
+from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
+from parallel_tune.row_arguments import model_arguments
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
@@ -68,7 +70,11 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        if session.schedule is not None:
+        schedule = session.schedule
+        if schedule is not None and schedule.sums_gradients:
+            # DDP's reducer would sum them once more, and its hooks cannot be captured.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        if schedule is not None:
             # Autocast's cache of cast weights is the whole process's: it would hand one thread's tensor to another.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.accelerator.ddp_handler is not None:
@@ -109,11 +115,9 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
         TRL's needs a Triton kernel, so a GPU, and gathers metrics over all ranks in each micro-batch.
         """
-        if "row_lengths" in inputs:
-            lengths = inputs["row_lengths"]
-            inputs = {name: value for name, value in inputs.items() if name != "row_lengths"}
-            inputs |= boundary_arguments(lengths, self.plan.engine, inputs["input_ids"].device)
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        inputs, keep_to_rows = model_arguments(inputs, self.plan.engine)
+        with keep_to_rows:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; where the session has a schedule, the step's last call runs them all through it.
@@ -144,10 +148,11 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         for inputs in waiting:
             labels = inputs["labels"].to(schedule.labels_device)
             rest = self._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
-            micro_batches.append({**rest, "labels": labels})
-        num_items = num_items.to(schedule.labels_device)
+            micro_batches.append({**rest, "labels": labels, "num_items_in_batch": num_items.to(schedule.labels_device)})
 
         def forward(_: int, inputs: dict[str, Any]) -> torch.Tensor:
+            inputs = dict(inputs)
+            num_items = inputs.pop("num_items_in_batch")
             with self.compute_loss_context_manager():
                 loss: torch.Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items)
             return loss
@@ -199,9 +204,9 @@ def build_trainer(
     run_path: Path,
     engine_arguments: dict[str, Any],
     callbacks: list[TrainerCallback],
-    padding_free: bool,
+    gather: Callable[[list[Any]], dict[str, Any]] | None,
 ) -> GlobalBatchTrainer:
-    """The trainer of this rank, ready for `train()`."""
+    """The trainer of this rank, ready for `train()`; `gather` makes micro-batches of rows, which are padded without."""
 
     def pad(rows: list[Any]) -> dict[str, Any]:
         return collate(rows, tokenizer.pad_token_id)
@@ -255,7 +260,7 @@ def build_trainer(
         train_dataset=train_rows.to_dataset(),
         eval_dataset=held_out_rows.to_dataset() if held_out_rows is not None else None,
         processing_class=tokenizer,
-        data_collator=(lambda rows: join(rows, tokenizer.pad_token_id)) if padding_free else pad,
+        data_collator=gather or pad,
         pad=pad,
         callbacks=callbacks,
     )

@@ -101,8 +101,8 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune import report
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
+    from parallel_tune.gathering import choose_gathering
     from parallel_tune.planning import TrainedRows
-    from parallel_tune.row_check import settle_padding
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
@@ -121,13 +121,13 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     )
     model = engine.add_adapters(model, config, plan)
     session.place(model)
-    padded_reason = settle_padding(model, train_rows, config, plan, session, dtype)
-    if session.is_main and padded_reason is not None:
-        print(f"rows of a micro-batch are padded, since {padded_reason}")
+    gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
+    if session.is_main:
+        print("\n".join(gathering.said()))
     metrics = MetricsWriter(run, batches, session)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [metrics, stop], padded_reason is None,
+        engine.training_arguments(plan), [metrics, stop], gathering.gather,
     )  # fmt: skip
     losses: dict[str, float] = {}
     if held_out_rows is not None:
@@ -146,11 +146,11 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     steps = trainer.state.global_step
     rows = TrainedRows(
         longest=batches.longest_row(steps),
-        largest_micro_batch=batches.largest_micro_batch(
-            steps, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps
+        largest_micro_batch=gathering.filled_up(
+            batches.largest_micro_batch(steps, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
         ),
         alike=len(set(batches.lengths)) == 1,
-        padded_reason=padded_reason,
+        padded_reason=gathering.padded_reason,
     )
     report.write(
         run, config, plan, session, metrics, steps, losses, data_report, rows, time.monotonic() - started,

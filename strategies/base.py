@@ -27,6 +27,9 @@ class Estimator(Protocol):
 class Schedule(Protocol):
     """Works off the micro-batches of an optimizer step in an order of its own, with the result of taking turns."""
 
+    sums_gradients: bool
+    """Whether it also averages gradients over all processes."""
+
     @property
     def labels_device(self) -> torch.device:
         """Where the loss is computed, hence where labels should lie."""

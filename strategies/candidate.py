@@ -157,6 +157,7 @@ def to_plan(
         gradient_checkpointing=arrangement.gradient_checkpointing,
         predicted_tokens_per_second=round(chosen.tokens_per_second, 1),
         lanes=arrangement.lanes,
+        captured=arrangement.captured,
         reasons=tuple(reasons),
     )
 

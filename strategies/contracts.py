@@ -75,6 +75,7 @@ class Workload:
         tied_embeddings: whether the head shares the embedding's weight.
         pipeline: whether a split may keep several micro-batches in flight.
         force_lanes: it shall, on virtual devices too.
+        capture: whether a replica's steps may be captured as CUDA graphs.
         lanes: how many then; as many as stages if None.
         stages: parts of a split; more than devices share them.
     """
@@ -91,6 +92,7 @@ class Workload:
     tied_embeddings: bool = False
     pipeline: bool = True
     force_lanes: bool = False
+    capture: bool = False
     lanes: int | None = None
     stages: int | None = None
     max_devices: int | None = None
@@ -120,6 +122,7 @@ class Arrangement:
         gradient_accumulation_steps: forward passes of one process per optimizer step.
         lanes: micro-batches in flight at once in one process (1: none overlaps).
         stages: devices over which one replica is split.
+        captured: forward and backward of a micro-batch are replayed as one CUDA graph.
     """
 
     processes: int
@@ -128,6 +131,7 @@ class Arrangement:
     gradient_checkpointing: Checkpointing
     lanes: int = 1
     stages: int = 1
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,8 @@ class Plan:
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
+        captured: forward and backward are recorded once for each size of micro-batch, and replayed.
+        uncaptured_reason: why not; empty where they are, or where the strategy has no use for it.
         padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
     """
@@ -239,6 +245,8 @@ class Plan:
     dtype: str = "bfloat16"
     padding_free: bool = False
     padded_reason: str = ""
+    captured: bool = False
+    uncaptured_reason: str = ""
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()

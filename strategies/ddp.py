@@ -79,7 +79,8 @@ def _candidates(
     found = []
     for checkpointing in checkpointing_choices(workload, devices[0]):
         for micro_batch, steps in batch.candidates:
-            arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing)
+            captured = workload.capture and checkpointing == "none"
+            arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing, captured=captured)
             candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
             found.append(candidate)
             if not candidate.fits:

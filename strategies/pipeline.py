@@ -48,6 +48,8 @@ class Lanes:
         align_clocks: let the devices finish before each run, so that the timelines of distinct GPUs compare exactly.
     """
 
+    sums_gradients = False
+
     def __init__(self, stages: Stages, num_lanes: int, seed: int = 0, align_clocks: bool = False) -> None:
         if num_lanes < 1:
             raise ValueError(f"num_lanes must be at least 1, not {num_lanes}")

@@ -15,6 +15,7 @@ from strategies.visit import busy_shares
 
 if TYPE_CHECKING:
     from strategies.pipeline import Lanes
+    from strategies.replay import Replay
     from strategies.stages import Stages
 
 
@@ -29,20 +30,32 @@ class ReplicaSession:
         self.is_main = self.rank == 0
         if self.world_size != plan.processes:
             raise AssertionError(f"the plan has {plan.processes} processes, the launcher started {self.world_size}")
+        self._captured = plan.captured
+        self._replay: Replay | None = None
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if self._cuda else torch.device("cpu")
 
     @property
-    def schedule(self) -> None:
-        return None
+    def schedule(self) -> Replay | None:
+        return self._replay
 
     def device_map(self) -> dict[str, int | str]:
         return {"": self.local_rank if self._cuda else "cpu"}
 
     def place(self, model: Any) -> None:
-        """Nothing is left to do: the whole model was loaded onto this process's device."""
+        """The whole model was loaded onto this process's device; only a captured step needs to know its parameters."""
+        if not self._captured:
+            return
+        from strategies.replay import CudaGraphs, Replay
+
+        self._replay = Replay(
+            lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
+            self.device,
+            CudaGraphs(self.device),
+            self.world_size,
+        )
 
     def training_arguments(self) -> dict[str, Any]:
         return {"use_cpu": not self._cuda, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
@@ -68,7 +81,7 @@ class ReplicaSession:
         self.sum([0.0])
 
     def report(self) -> dict[str, Any]:
-        return {}
+        return {"captured": vars(self._replay.report).copy()} if self._replay is not None else {}
 
     def close(self) -> None:
         """Nothing: tearing a process group down can abort or wait for ever; the process's end releases it."""

@@ -71,6 +71,29 @@ def join(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, Any]:
     }
 
 
+def fill_up(batch: dict[str, Any], pad_token_id: int, tokens: int, most_rows: int) -> dict[str, torch.Tensor]:
+    """A joined batch at a fixed size, all of it tensors: what can be captured once and replayed.
+
+    - `input_ids`, `position_ids`, `labels`: int64 of shape [1, tokens]; one more row, not learned, fills them up.
+    - `cu_seq_lens`: int32 of shape [most_rows + 2], where rows begin and end; rows that are not there end where all do.
+    """
+    import torch
+
+    missing = tokens - batch["input_ids"].shape[1]
+    lengths = batch["row_lengths"]
+    if missing < 0 or len(lengths) > most_rows:
+        raise AssertionError(f"{len(lengths)} rows of {tokens - missing} tokens do not fit {most_rows} of {tokens}")
+    bounds = torch.full((most_rows + 2,), tokens, dtype=torch.int32)
+    bounds[: len(lengths) + 1] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    rest = torch.full((1, missing), pad_token_id)
+    return {
+        "input_ids": torch.cat([batch["input_ids"], rest], dim=1),
+        "position_ids": torch.cat([batch["position_ids"], torch.arange(missing)[None]], dim=1),
+        "labels": torch.cat([batch["labels"], torch.full_like(rest, IGNORED)], dim=1),
+        "cu_seq_lens": bounds,
+    }
+
+
 def boundary_arguments(row_lengths: Sequence[int], engine: str, device: torch.device) -> dict[str, Any]:
     """What a model's attention needs in order to keep to the rows of a joined batch, as arguments of its forward.
 

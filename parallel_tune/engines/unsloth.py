@@ -31,6 +31,9 @@ class UnslothEngine:
     def load(self, config: TrainConfig, plan: Plan, session: Session, dtype: Any) -> tuple[Any, Any]:
         from unsloth import FastLanguageModel
 
+        if plan.captured:
+            # Its compiled blocks save host time that a captured step does not spend, and take minutes to compile.
+            os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=config.model,
             max_seq_length=config.max_seq_length,

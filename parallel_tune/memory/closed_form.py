@@ -78,7 +78,7 @@ class _Moments:
         self.hidden_bytes = arrangement.micro_batch * settings.sequence_length * facts.hidden_size
         self.hidden_bytes *= settings.compute_bytes
         # An earlier micro-batch, or another lane, has left its gradients; DDP's buckets hold them all the time.
-        self.gradients_exist = (
+        self.gradients_exist = arrangement.captured or (
             arrangement.gradient_accumulation_steps > 1 or arrangement.lanes > 1 or arrangement.processes > 1
         )
         self.checkpointed = arrangement.gradient_checkpointing != "none"

@@ -18,6 +18,9 @@ transformers + peft, 32 layers, 216 ms; Unsloth, 36 layers, 430 ms with checkpoi
 CHECKPOINT_HOST_FACTOR = 0.68 / 0.47
 """Host time with checkpointing against without (FACTS, Speed: the same step of Unsloth)."""
 
+REPLAY_HOST_SECONDS = 1e-3
+"""Host time of replaying a captured micro-batch, its inputs copied: 0.2 ms for the replay alone on an H200's host."""
+
 
 def micro_batch_flops(facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:
     """Floating-point operations of one micro-batch through a part, forward and backward.
@@ -51,6 +54,8 @@ def micro_batch_seconds(
 
 def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:
     """Host seconds of issuing one micro-batch, which do not depend on its length."""
+    if arrangement.captured:
+        return REPLAY_HOST_SECONDS
     factor = 1.0 if arrangement.gradient_checkpointing == "none" else CHECKPOINT_HOST_FACTOR
     return HOST_SECONDS_PER_LAYER[settings.engine] * factor * part.num_layers
 

@@ -1,0 +1,46 @@
+"""Whether a run's steps may be captured as CUDA graphs: what is known before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.engines import EngineName
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.padding_free import Padding
+from strategies.contracts import Hardware
+from strategies.errors import ConfigError
+
+
+def why_not_captured(
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, padding: Padding
+) -> str:
+    """Why steps run eagerly; empty where they may be captured.
+
+    Raises:
+        ConfigError: capturing was asked for and cannot be.
+    """
+    if config.capture == "off":
+        return "--capture off"
+    reason = _impossible(config, facts, engine, hardware, padding)
+    if reason and config.capture == "on":
+        raise ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
+    return reason
+
+
+def _impossible(
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, padding: Padding
+) -> str:
+    if hardware.kind != "cuda":
+        return "CUDA graphs need a GPU"
+    if not padding.free:
+        return f"rows are padded ({padding.reason or '--padding_free off'})"
+    if engine == "transformers" and config.attn_implementation != "sdpa":
+        return f"--attn_implementation {config.attn_implementation} looks for rows from the host"
+    if facts.num_experts:
+        return "how many tokens reach each expert changes from step to step"
+    if config.full_finetuning:
+        return "a full fine-tune's gradients are better summed while its backward pass still runs"
+    if engine == "unsloth" and facts.sliding_window and facts.sliding_window < config.max_seq_length:
+        return f"Unsloth's attention windows of {facts.sliding_window} tokens read row boundaries from the host"
+    if config.use_gradient_checkpointing not in ("auto", "none"):
+        return "recomputed activations are not captured"
+    return ""

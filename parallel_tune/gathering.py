@@ -1,0 +1,115 @@
+"""How a run's rows become micro-batches: padded, joined, or joined at few fixed sizes. Runs in workers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.data import EncodedRow, fill_up, join
+from parallel_tune.data.batching import DUMMY_TOKENS
+from parallel_tune.data.sizes import choose_sizes, size_for
+from parallel_tune.row_check import settle_capture, settle_padding
+from parallel_tune.sampler import GlobalBatches
+from strategies.base import Session
+from strategies.contracts import Plan
+
+STEPS_LOOKED_AT = 4000
+"""Sizes are chosen for so many steps; those of a longer run are alike."""
+
+Gather = Callable[[list[EncodedRow]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What was settled.
+
+    Attributes:
+        gather: makes a micro-batch of rows; None pads them.
+        sizes: tokens that micro-batches are filled up to, ascending; empty where each has its own length.
+        padded_reason: why rows are padded; None where they are joined.
+        uncaptured_reason: why steps are not captured; None where they are.
+    """
+
+    gather: Gather | None
+    sizes: tuple[int, ...]
+    padded_reason: str | None
+    uncaptured_reason: str | None
+
+    def said(self) -> list[str]:
+        """Lines for the log."""
+        lines = []
+        if self.padded_reason is not None:
+            lines.append(f"rows of a micro-batch are padded, since {self.padded_reason}")
+        if self.uncaptured_reason is not None:
+            lines.append(f"steps are not captured: {self.uncaptured_reason}")
+        elif self.sizes:
+            lines.append(f"steps are captured at {', '.join(map(str, self.sizes))} tokens")
+        return lines
+
+    def filled_up(self, tokens: int) -> int:
+        """Tokens that the device sees of a micro-batch of so many."""
+        return size_for(tokens, self.sizes) or tokens
+
+
+def choose_gathering(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[EncodedRow],
+    batches: GlobalBatches,
+    config: TrainConfig,
+    plan: Plan,
+    session: Session,
+    dtype: torch.dtype,
+) -> Gathering:
+    """Obey the plan as far as the loaded model and the data allow. Every rank calls it.
+
+    Raises:
+        ConfigError: joined rows were asked for, and the model mixes them.
+    """
+    padded_reason = settle_padding(model, rows, config, plan, session, dtype)
+    uncaptured_reason = settle_capture(model, rows, plan, session, dtype, padded_reason)
+    if padded_reason is not None:
+        return Gathering(None, (), padded_reason, uncaptured_reason)
+    sizes: tuple[int, ...] = ()
+    most_rows = 0
+    if uncaptured_reason is None:
+        steps = config.max_steps if config.max_steps > 0 else round(config.num_train_epochs * batches.steps_per_epoch)
+        sizes, most_rows = fixed_sizes(batches, getattr(rows, "rows_in", None), plan, steps)
+        if not sizes:
+            uncaptured_reason = f"{steps} steps are too few for recording to pay"
+    return Gathering(joined(tokenizer.pad_token_id, sizes, most_rows), sizes, None, uncaptured_reason)
+
+
+def fixed_sizes(
+    batches: GlobalBatches, rows_in: list[int] | None, plan: Plan, steps: int
+) -> tuple[tuple[int, ...], int]:
+    """Sizes for the first `steps` steps of a run over all ranks, none where capturing would not pay; and the most rows
+    that a micro-batch holds.
+
+    Args:
+        rows_in: rows of each sample, where samples are packed sequences.
+    """
+    tokens, most_rows = [], 1
+    for step in range(min(steps, STEPS_LOOKED_AT)):
+        for rank in batches.micro_batches(step, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps):
+            for samples in rank:
+                tokens.append(max(DUMMY_TOKENS, sum(batches.lengths[sample] for sample in samples)))
+                most_rows = max(most_rows, sum(rows_in[sample] for sample in samples) if rows_in else len(samples))
+    return choose_sizes(tokens, plan.processes), most_rows
+
+
+def joined(pad_token_id: int, sizes: Sequence[int], most_rows: int) -> Gather:
+    """Rows joined, at a fixed size if one holds them."""
+
+    def gather(rows: list[EncodedRow]) -> dict[str, Any]:
+        batch = join(rows, pad_token_id)
+        tokens = size_for(batch["input_ids"].shape[1], sizes)
+        if tokens is None or len(batch["row_lengths"]) > most_rows:
+            return batch
+        return dict(fill_up(batch, pad_token_id, tokens, most_rows))
+
+    return gather

@@ -1,0 +1,72 @@
+"""All gradients of a replica in one buffer: what a captured step writes to, and what processes sum at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FlatGradients:
+    """Gradients of some parameters as views of one buffer a dtype, at addresses that never change.
+
+    Args:
+        parameters: those that train, all on one device.
+        world_size: replicas over which gradients are averaged; they start from the first one's parameters.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], world_size: int) -> None:
+        self._parameters = list(parameters)
+        self._world_size = world_size
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self._parameters:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        device = self._parameters[0].device
+        self._buffers = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self._views = self._make_views()
+        if world_size > 1:
+            for parameter in self._parameters:
+                dist.broadcast(parameter.data, src=0)
+
+    def _make_views(self) -> list[Tensor]:
+        used = dict.fromkeys(self._buffers, 0)
+        views = []
+        for parameter in self._parameters:
+            start = used[parameter.dtype]
+            used[parameter.dtype] = start + parameter.numel()
+            views.append(self._buffers[parameter.dtype][start : used[parameter.dtype]].view_as(parameter))
+        return views
+
+    def begin(self) -> None:
+        """All gradients are zero and lie in the buffer. An optimizer may have let go of them since the last step."""
+        for buffer in self._buffers.values():
+            buffer.zero_()
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+    def average(self) -> None:
+        """The mean over all replicas, as DDP's: a loss that is a mean over all tokens comes scaled by their number."""
+        if self._world_size == 1:
+            return
+        for buffer in self._buffers.values():
+            dist.all_reduce(buffer)
+            buffer.div_(self._world_size)
+
+    def copy(self) -> list[Tensor]:
+        """A copy of what the buffers hold."""
+        return [buffer.clone() for buffer in self._buffers.values()]
+
+    def restore(self, copied: Sequence[Tensor]) -> None:
+        """Take back what `copy` gave."""
+        for buffer, values in zip(self._buffers.values(), copied, strict=True):
+            buffer.copy_(values)
+
+    def distance(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        """Euclidean distance of two copies, as a share of the second one's length."""
+        apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True))
+        size = sum(float(b.double().square().sum()) for b in right)
+        if size == 0:
+            return 0.0 if apart == 0 else float("inf")
+        return float((apart / size) ** 0.5)
