@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from parallel_tune.data import boundary_arguments
 from parallel_tune.row_attention import KeepToRows
+
+
+@contextmanager
+def _unsloth_at_a_fixed_size(bounds: torch.Tensor, tokens: int) -> Iterator[None]:
+    """Unsloth's attention within rows, and its loss from logits: the fused one gathers the learned tokens first, whose
+    number it has to read from the GPU."""
+    variable = "UNSLOTH_RETURN_LOGITS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with KeepToRows(bounds, tokens):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def model_arguments(batch: Mapping[str, Any], engine: str) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
@@ -32,6 +50,6 @@ def model_arguments(batch: Mapping[str, Any], engine: str) -> tuple[dict[str, An
         arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
         # Present, and so not cut to the longest row's length; None, and so not looked at.
         arguments["packed_seq_lengths"] = None
-        return arguments, KeepToRows(bounds, tokens)
+        return arguments, _unsloth_at_a_fixed_size(bounds, tokens)
     arguments |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": tokens, "max_length_k": tokens}
     return arguments, nullcontext()

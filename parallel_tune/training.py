@@ -74,12 +74,32 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if schedule is not None and schedule.sums_gradients:
             # DDP's reducer would sum them once more, and its hooks cannot be captured.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # The same walk again, at the end of each step.
+        self.model.zero_grad = self._forget_gradients
+        self._num_parameters: int = self.model.num_parameters(exclude_embeddings=True)
         if schedule is not None:
             # Autocast's cache of cast weights is the whole process's: it would hand one thread's tensor to another.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.accelerator.ddp_handler is not None:
             # Gradients live in the buckets: no second copy of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6 FLOP a parameter and token, as transformers counts; which counts all parameters in each micro-batch."""
+        tokens: int = inputs["input_ids"].numel()
+        return 6 * tokens * self._num_parameters
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        for parameter in self._trained:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # Of those that train: transformers walks through all modules to find every parameter.
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's share; accelerate's own sharding would feed rows of a short last batch twice."""
@@ -141,7 +161,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _run_step(self, schedule: Schedule, model: Any, waiting: list[Any], num_items: Any) -> list[torch.Tensor]:
         """The losses of a step's micro-batches, after forward and backward of all."""
-        model.train()
+        if not model.training:  # thousands of modules to walk through
+            model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         micro_batches = []

@@ -7,6 +7,7 @@ in `FlatGradients`, which are averaged over replicas after the last micro-batch.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from strategies.gradients import FlatGradients
+
+_log = logging.getLogger(__name__)
 
 Forward = Callable[[int, Any], Tensor]
 Backward = Callable[[Tensor], None]
@@ -148,48 +151,61 @@ class Replay:
         if first is None:
             self._first[signature] = {name: value.clone() for name, value in batch.items()}
             return _eager(index, batch, forward, backward)
+        return self._recorded(index, first, batch, size, forward, backward)
+
+    def _recorded(
+        self,
+        index: int,
+        first: dict[str, Tensor],
+        batch: Mapping[str, Tensor],
+        size: int,
+        forward: Forward,
+        backward: Backward,
+    ) -> Tensor:
+        """Run `batch` eagerly, record on `first`, and keep the recording if it gives the gradients just seen."""
+        assert self._gradients is not None
         started = time.monotonic()
+        before = self._gradients.copy()
         loss = _eager(index, batch, forward, backward)
-        if (recording := self._record(index, first, forward, backward)) is not None and self._agrees(
-            recording, index, batch, forward, backward
-        ):
-            self._recordings[signature] = recording
-            report.recordings += 1
-            report.sizes = sorted([*report.sizes, size])
-        report.capture_seconds += time.monotonic() - started
+        after = self._gradients.copy()
+        if (recording := self._record(index, first, forward, backward)) is not None:
+            eager = [new.sub_(old) for new, old in zip(self._gradients.copy(), before, strict=True)]
+            self._gradients.begin()
+            _replayed(recording, batch)
+            error = self._gradients.distance(self._gradients.copy(), eager)
+            self.report.gradient_error = max(self.report.gradient_error, error)
+            if error <= SAME_GRADIENTS:
+                self._recordings[_signature_of(batch)] = recording
+                self.report.recordings += 1
+                self.report.sizes = sorted([*self.report.sizes, size])
+            else:
+                self._give_up(f"a captured step's gradients are {error:.1%} off those of the same step run eagerly")
+        self._gradients.begin()
+        self._gradients.restore(after)
+        self.report.capture_seconds += time.monotonic() - started
         return loss
 
     def _record(self, index: int, inputs: dict[str, Tensor], forward: Forward, backward: Backward) -> _Recording | None:
         try:
             replay, loss = self._recorder.record(lambda: _eager(index, inputs, forward, backward))
         except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
-            self._give_up(f"the step cannot be captured: {type(error).__name__}: {str(error).splitlines()[0]}")
+            _log.warning("the step cannot be captured", exc_info=error)
+            cause = _first_cause(error)
+            self._give_up(f"the step cannot be captured: {type(cause).__name__}: {str(cause).splitlines()[0]}")
             return None
         return _Recording(inputs, replay, loss)
-
-    def _agrees(
-        self, recording: _Recording, index: int, batch: Mapping[str, Tensor], forward: Forward, backward: Backward
-    ) -> bool:
-        """Whether a replay gives an eager run's gradients; what the step has gathered so far is left as it is."""
-        assert self._gradients is not None
-        gathered = self._gradients.copy()
-        self._gradients.begin()
-        _eager(index, batch, forward, backward)
-        eager = self._gradients.copy()
-        self._gradients.begin()
-        _replayed(recording, batch)
-        error = self._gradients.distance(self._gradients.copy(), eager)
-        self._gradients.begin()
-        self._gradients.restore(gathered)
-        self.report.gradient_error = max(self.report.gradient_error, error)
-        if error > SAME_GRADIENTS:
-            self._give_up(f"a captured step's gradients are {error:.1%} off those of the same step run eagerly")
-        return error <= SAME_GRADIENTS
 
     def _give_up(self, reason: str) -> None:
         self.report.reason = reason
         self._recordings.clear()
         self._first.clear()
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: ending a capture that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _eager(index: int, batch: Mapping[str, Any], forward: Forward, backward: Backward) -> Tensor:
@@ -207,6 +223,8 @@ def _replayed(recording: _Recording, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _signature(batch: Mapping[str, Any]) -> Signature | None:
     """Names, shapes and dtypes; None where something is not a tensor, so cannot be replaced by copying."""
-    if not all(isinstance(value, Tensor) for value in batch.values()):
-        return None
+    return _signature_of(batch) if all(isinstance(value, Tensor) for value in batch.values()) else None
+
+
+def _signature_of(batch: Mapping[str, Tensor]) -> Signature:
     return tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))

@@ -1,4 +1,4 @@
-"""Rows of text with the lengths that fine-tuning data has: `python examples/benchmarks/rows.py MODEL FILE COUNT [TOKENS]`.
+"""Rows of text as long as fine-tuning data's: `python examples/benchmarks/rows.py MODEL FILE COUNT [TOKENS]`.
 
 Without TOKENS the lengths are those of short instructions and answers (about 110 tokens on average, most between 50
 and 250); with it every row has at least so many, to be cut there.
