@@ -13,6 +13,7 @@ from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.padding_free import decide_padding
+from parallel_tune.sampler import GlobalBatches
 from strategies.contracts import (
     Arrangement,
     Checkpointing,
@@ -146,6 +147,17 @@ class TrainedRows:
     largest_micro_batch: int
     alike: bool
     padded_reason: str | None
+
+
+def trained_rows(batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None) -> TrainedRows:
+    """The lengths among the first `steps` steps of a run."""
+    arrangement = (plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
+    return TrainedRows(
+        longest=batches.longest_row(steps),
+        largest_micro_batch=batches.largest_micro_batch(steps, *arrangement),
+        alike=len(set(batches.lengths)) == 1,
+        padded_reason=padded_reason,
+    )
 
 
 def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list[MemoryEstimate]:

@@ -101,7 +101,8 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune import report
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
-    from parallel_tune.planning import TrainedRows
+    from parallel_tune.data_part import describe_data
+    from parallel_tune.planning import predict_for_rows, trained_rows
     from parallel_tune.row_check import settle_padding
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.training import build_trainer
@@ -122,8 +123,14 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     padded_reason = settle_padding(model, train_rows, config, plan, session, dtype)
-    if session.is_main and padded_reason is not None:
-        print(f"rows of a micro-batch are padded, since {padded_reason}")
+    first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, padded_reason)
+    if session.is_main:
+        predicted = predict_for_rows(config, plan, first_epoch)
+        data_part = describe_data(
+            data_report, batches, train_rows.row_lengths, plan, config.max_seq_length, padded_reason, predicted
+        )
+        data_part.save(run.data)
+        print(*data_part.lines(), sep="\n")
     metrics = MetricsWriter(run, batches, session)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
@@ -144,14 +151,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
     steps = trainer.state.global_step
-    rows = TrainedRows(
-        longest=batches.longest_row(steps),
-        largest_micro_batch=batches.largest_micro_batch(
-            steps, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps
-        ),
-        alike=len(set(batches.lengths)) == 1,
-        padded_reason=padded_reason,
-    )
+    rows = trained_rows(batches, plan, steps, padded_reason)
     report.write(
         run, config, plan, session, metrics, steps, losses, data_report, rows, time.monotonic() - started,
     )  # fmt: skip
