@@ -164,8 +164,9 @@ def facts(plan: Plan) -> Iterable[str]:
         why = f", since {plan.padded_reason}" if plan.padded_reason else ""
         yield f"padding        rows are padded to the longest of their micro-batch{why}"
     yield f"checkpointing  {CHECKPOINTING[plan.gradient_checkpointing]}"
+    whose = "by the lengths of these rows" if plan.rows_known else "rows full"
     if plan.predicted_tokens_per_second > 0:
-        yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, rows full"
+        yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, {whose}"
 
 
 def _rounded(rate: float) -> str:

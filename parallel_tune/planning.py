@@ -8,12 +8,14 @@ from pathlib import Path
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
+from parallel_tune.known_rows import KnownRows, RowsEstimator
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.sampler import GlobalBatches
+from strategies.base import Estimator
 from strategies.contracts import (
     Arrangement,
     Checkpointing,
@@ -33,35 +35,50 @@ SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def make_plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None = None,
 ) -> Plan:
     """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
+
+    Args:
+        rows: the training rows' lengths; without them all count as full.
 
     Raises:
         ConfigError: the settings contradict each other, the model or the hardware.
     """
-    plan = _plan(config, facts, engine, hardware, registry)
+    plan = _plan(config, facts, engine, hardware, registry, rows)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry))
+    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, rows))
 
 
 def _plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None,
 ) -> Plan:
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
     dtype = compute_dtype(config, hardware)
     padding = decide_padding(config, facts, engine, hardware, dtype)
-    plan = closest_plan(
-        workload(config, facts, engine),
-        hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free)),
-        registry,
-        strategy,
-    )
-    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason)
+    work = workload(config, facts, engine)
+    full = ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free))
+    estimator: Estimator = full
+    if rows is not None:
+        rows = rows.cut(config.max_seq_length)
+        work = replace(work, sequence_length=round(rows.mean))
+        estimator = RowsEstimator(full, config, rows)
+    plan = closest_plan(work, hardware, estimator, registry, strategy)
+    known = rows is not None
+    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
@@ -151,10 +168,10 @@ class TrainedRows:
 
 def trained_rows(batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None) -> TrainedRows:
     """The lengths among the first `steps` steps of a run."""
-    arrangement = (plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
+    sums = batches.largest_sums(steps, plan.processes)
     return TrainedRows(
         longest=batches.longest_row(steps),
-        largest_micro_batch=batches.largest_micro_batch(steps, *arrangement),
+        largest_micro_batch=sums[min(plan.micro_batch, len(sums)) - 1],
         alike=len(set(batches.lengths)) == 1,
         padded_reason=padded_reason,
     )
@@ -193,14 +210,19 @@ def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list
 
 
 def _suggestions(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None,
 ) -> tuple[Suggestion, ...]:
     """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
     found: list[Suggestion] = []
 
     def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
         try:
-            plan = _plan(changed, facts, engine, devices, registry)
+            plan = _plan(changed, facts, engine, devices, registry, rows)
         except ConfigError:
             return False
         if plan.fits:
@@ -217,8 +239,8 @@ def _suggestions(
     if config.use_gradient_checkpointing == "none":
         fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
     if config.per_device_train_batch_size is not None:
-        for rows in _halvings(config.per_device_train_batch_size, 1):
-            if fits(f"--per_device_train_batch_size {rows}", config.replace(per_device_train_batch_size=rows)):
+        for micro in _halvings(config.per_device_train_batch_size, 1):
+            if fits(f"--per_device_train_batch_size {micro}", config.replace(per_device_train_batch_size=micro)):
                 break
     for length in _halvings(config.max_seq_length, 256):
         if fits(f"--max_seq_length {length}", config.replace(max_seq_length=length)):

@@ -220,6 +220,7 @@ class Plan:
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
+        rows_known: memory and speed are those of the run's own rows; else all rows count as full.
         padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
     """
@@ -239,6 +240,7 @@ class Plan:
     dtype: str = "bfloat16"
     padding_free: bool = False
     padded_reason: str = ""
+    rows_known: bool = False
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
