@@ -33,7 +33,7 @@ def decide(config: TrainConfig, hardware: Hardware, with_data: bool = False) -> 
     registry = load_registry()
     facts = load_model_facts(config.model)
     plan = planning.make_plan(config, facts, engine, hardware, registry)
-    if with_data and could_do_better(config, plan, len(hardware.devices)):
+    if with_data and _is_present(plan, hardware) and could_do_better(config, plan, len(hardware.devices)):
         rows = measure_rows(config)
         plan = planning.make_plan(config, facts, engine, hardware, registry, rows)
     plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
@@ -54,6 +54,14 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
         ConfigError: the plan needs GPUs that this machine does not have.
     """
     check_devices(len(plan.visible), plan.devices[0].kind, hardware)
+
+
+def _is_present(plan: Plan, hardware: Hardware) -> bool:
+    try:
+        check_present(plan, hardware)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_devices(needed: int, kind: str, hardware: Hardware) -> None:

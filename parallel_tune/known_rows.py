@@ -119,10 +119,10 @@ def measure_rows(config: TrainConfig) -> KnownRows:
         found = Path(folder) / "lengths.json"
         # It needs no GPU, and must leave none of their memory in use.
         done = subprocess.run(
-            [sys.executable, "-m", "parallel_tune.data.measure", str(found)],
+            [sys.executable, "-P", "-m", "parallel_tune.data.measure", str(found)],
             input=config.to_yaml(),
             text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             check=False,
