@@ -37,6 +37,12 @@ def settle_padding(
     cuda = session.device.type == "cuda"
     if ours and cuda and not asked and not flash_serves(torch.cuda.get_device_capability(session.device)):
         return f"torch {torch.__version__} has no attention kernel for rows of any length on this card"
+    if plan.engine == "unsloth" and (kind := _rope_by_length(model)):
+        # Unsloth chooses the table by all tokens of a batch, and the few tokens tried below would not show it.
+        why = f"Unsloth scales its {kind} rotary tables by the length of the whole batch"
+        if asked:
+            raise refusal(config, why)
+        return why
     few = [_end_of(rows[number % len(rows)]) for number in range(ROWS)]
     with torch.no_grad(), torch.autocast(session.device.type, dtype, enabled=dtype != torch.float32):
         was_training = model.training
@@ -50,6 +56,17 @@ def settle_padding(
     if reason is not None and asked:
         raise refusal(config, reason)
     return reason
+
+
+def _rope_by_length(model: Any) -> str:
+    """The kind of rotary embedding, where it depends on how long the sequence is; empty where it does not."""
+    config = model.config.get_text_config()
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for parameters in [found, *(value for value in found.values() if isinstance(value, dict))]:
+        kind = parameters.get("rope_type") or parameters.get("type")
+        if kind in ("longrope", "dynamic"):
+            return str(kind)
+    return ""
 
 
 def use_library_attention(model: Any) -> None:

@@ -186,6 +186,18 @@ def test_a_forward_that_takes_no_boundaries_is_a_reason() -> None:
     assert reason is not None and "takes no row boundaries (TypeError" in reason
 
 
+def test_unsloths_tables_that_follow_the_length_stay_padded() -> None:
+    plan: Any = SimpleNamespace(padding_free=True, padded_reason="", engine="unsloth")
+    model = make("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    reason = settle_padding(model, ROWS, make_config({}), plan, SESSION, torch.float32)
+    assert reason == "Unsloth scales its dynamic rotary tables by the length of the whole batch"
+    with pytest.raises(ConfigError, match=r"--packing joins rows .* dynamic rotary tables"):
+        settle_padding(model, ROWS, make_config({"packing": True}), plan, SESSION, torch.float32)
+    model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4}
+    assert settle_padding(model, ROWS, make_config({}), plan, SESSION, torch.float32) is None
+
+
 def facts(name: str = "llama", **changes: Any) -> ModelFacts:
     return facts_from_config({**CONFIGS[name].to_dict(), **changes})
 
