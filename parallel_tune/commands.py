@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
             os.environ.pop(name, None)
     trackers.check_installed(config.report_to)
     hardware = find_hardware(config)
-    made, lines = decide(config, hardware)
+    made, lines = decide(config, hardware, with_data=True)
     for line in lines:
         click.echo(line)
     planning.require_fit(made, config.strategy)

@@ -9,6 +9,7 @@ from parallel_tune import planning
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
+from parallel_tune.known_rows import could_do_better, measure_rows
 from parallel_tune.launch import worker_argv
 from parallel_tune.memory.lookup import load_model_facts
 from strategies.contracts import Hardware, Plan
@@ -21,12 +22,20 @@ def find_hardware(config: TrainConfig) -> Hardware:
     return parse_hardware(config.hardware) if config.hardware else probe(dict(os.environ))
 
 
-def decide(config: TrainConfig, hardware: Hardware) -> tuple[Plan, list[str]]:
-    """The plan and the lines to say before it."""
+def decide(config: TrainConfig, hardware: Hardware, with_data: bool = False) -> tuple[Plan, list[str]]:
+    """The plan and the lines to say before it.
+
+    Args:
+        with_data: read the dataset where the lengths of its rows may make another plan.
+    """
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
-    plan = planning.make_plan(config, load_model_facts(config.model), engine, hardware, registry)
+    facts = load_model_facts(config.model)
+    plan = planning.make_plan(config, facts, engine, hardware, registry)
+    if with_data and _is_present(plan, hardware) and could_do_better(config, plan, len(hardware.devices)):
+        rows = measure_rows(config)
+        plan = planning.make_plan(config, facts, engine, hardware, registry, rows)
     plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()
@@ -45,6 +54,14 @@ def check_present(plan: Plan, hardware: Hardware) -> None:
         ConfigError: the plan needs GPUs that this machine does not have.
     """
     check_devices(len(plan.visible), plan.devices[0].kind, hardware)
+
+
+def _is_present(plan: Plan, hardware: Hardware) -> bool:
+    try:
+        check_present(plan, hardware)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_devices(needed: int, kind: str, hardware: Hardware) -> None:

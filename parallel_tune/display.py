@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import click
 from rich.console import Console
 
+from parallel_tune.data_part import DataPart
 from parallel_tune.gauges import Gauge, Reading, open_gauge
 from parallel_tune.live import LivePanel
 from parallel_tune.progress import MetricsFollower, duration, steps_of
@@ -24,6 +25,8 @@ class View(Protocol):
     def start(self) -> None: ...
 
     def show(self, rows: list[dict[str, Any]]) -> None: ...
+
+    def tell(self, lines: list[str]) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -41,22 +44,31 @@ class PlainLines:
         for row in rows:
             click.echo(format_row(row, self._global_batch))
 
+    def tell(self, lines: list[str]) -> None:
+        for line in lines:
+            click.echo(line)
+
     def stop(self) -> None:
         pass
 
 
 class Display:
-    """Follows a run's metrics and shows them. An error of the display ends the display, never the run."""
+    """Follows a run's metrics and shows them, after what its data adds to the plan. An error of the display ends the
+    display, never the run."""
 
-    def __init__(self, follower: MetricsFollower, view: View) -> None:
+    def __init__(self, follower: MetricsFollower, view: View, data: Path | None = None) -> None:
         self._follower = follower
+        self._data = data
         self._view: View | None = view
         self._guard(view.start)
 
     def poll(self) -> None:
         """Show what is new."""
         view = self._view
-        if view is not None:
+        if view is not None and self._data is not None and self._data.exists():
+            data, self._data = self._data, None
+            self._guard(lambda: view.tell(DataPart.load(data).lines()))
+        if self._view is not None and view is not None:
             self._guard(lambda: view.show(self._follower.poll()))
 
     def close(self) -> None:
@@ -90,7 +102,7 @@ def open_display(plan: Plan, run: RunDir) -> Iterator[Display]:
     view: View = PlainLines(plan.global_batch)
     if console.is_terminal and not console.is_dumb_terminal:
         view = LivePanel(plan, console, gauge)
-    display = Display(follower, view)
+    display = Display(follower, view, run.data)
     try:
         yield display
     finally:

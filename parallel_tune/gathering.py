@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from parallel_tune.config import TrainConfig
-from parallel_tune.data import EncodedRow, fill_up, join
+from parallel_tune.data import EncodedRow, EncodedRows, fill_up, join
 from parallel_tune.data.batching import DUMMY_TOKENS
+from parallel_tune.data.packing import PackedRows
 from parallel_tune.data.sizes import choose_sizes, size_for
 from parallel_tune.row_check import settle_capture, settle_padding
 from parallel_tune.sampler import GlobalBatches
@@ -50,15 +51,11 @@ class Gathering:
             lines.append(f"steps are captured at {', '.join(map(str, self.sizes))} tokens")
         return lines
 
-    def filled_up(self, tokens: int) -> int:
-        """Tokens that the device sees of a micro-batch of so many."""
-        return size_for(tokens, self.sizes) or tokens
-
 
 def choose_gathering(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[EncodedRow],
+    rows: EncodedRows | PackedRows,
     batches: GlobalBatches,
     config: TrainConfig,
     plan: Plan,
@@ -78,27 +75,25 @@ def choose_gathering(
     most_rows = 0
     if uncaptured_reason is None:
         steps = config.max_steps if config.max_steps > 0 else round(config.num_train_epochs * batches.steps_per_epoch)
-        sizes, most_rows = fixed_sizes(batches, getattr(rows, "rows_in", None), plan, steps)
+        sizes, most_rows = fixed_sizes(batches, [len(lengths) for lengths in rows.row_lengths], plan, steps)
         if not sizes:
             uncaptured_reason = f"{steps} steps are too few for recording to pay"
     return Gathering(joined(tokenizer.pad_token_id, sizes, most_rows), sizes, None, uncaptured_reason)
 
 
-def fixed_sizes(
-    batches: GlobalBatches, rows_in: list[int] | None, plan: Plan, steps: int
-) -> tuple[tuple[int, ...], int]:
+def fixed_sizes(batches: GlobalBatches, rows_in: Sequence[int], plan: Plan, steps: int) -> tuple[tuple[int, ...], int]:
     """Sizes for the first `steps` steps of a run over all ranks, none where capturing would not pay; and the most rows
     that a micro-batch holds.
 
     Args:
-        rows_in: rows of each sample, where samples are packed sequences.
+        rows_in: rows of each sample; several where samples are packed sequences.
     """
     tokens, most_rows = [], 1
     for step in range(min(steps, STEPS_LOOKED_AT)):
         for rank in batches.micro_batches(step, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps):
             for samples in rank:
                 tokens.append(max(DUMMY_TOKENS, sum(batches.lengths[sample] for sample in samples)))
-                most_rows = max(most_rows, sum(rows_in[sample] for sample in samples) if rows_in else len(samples))
+                most_rows = max(most_rows, sum(rows_in[sample] for sample in samples))
     return choose_sizes(tokens, plan.processes), most_rows
 
 

@@ -46,6 +46,11 @@ class LivePanel:
     def stop(self) -> None:
         self._live.stop()
 
+    def tell(self, lines: list[str]) -> None:
+        """Print lines above the panel, where they stay."""
+        for line in lines:
+            self._live.console.print(line, markup=False, highlight=False)
+
     def show(self, rows: list[dict[str, Any]]) -> None:
         """Take in new rows of metrics, read the devices when it is time, and draw."""
         for row in rows:

@@ -158,9 +158,15 @@ def facts(plan: Plan) -> Iterable[str]:
         yield f"global batch   {plan.global_batch} = {factors}"
     else:
         yield f"global batch   {plan.global_batch}, in {product} places, some left empty = {factors}"
+    if plan.padding_free:
+        yield "padding        none: the rows of a micro-batch are joined, attention keeps to each of them"
+    else:
+        why = f", since {plan.padded_reason}" if plan.padded_reason else ""
+        yield f"padding        rows are padded to the longest of their micro-batch{why}"
     yield f"checkpointing  {CHECKPOINTING[plan.gradient_checkpointing]}"
+    whose = "by the lengths of these rows" if plan.rows_known else "rows full"
     if plan.predicted_tokens_per_second > 0:
-        yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, rows full"
+        yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, {whose}"
 
 
 def _rounded(rate: float) -> str:

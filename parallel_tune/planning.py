@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel_tune.capture import why_not_captured
 from parallel_tune.config import TrainConfig
+from parallel_tune.data.sizes import size_for
 from parallel_tune.engines import EngineName
+from parallel_tune.known_rows import KnownRows, RowsEstimator
+from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.padding_free import decide_padding
+from parallel_tune.sampler import GlobalBatches
+from strategies.base import Estimator
 from strategies.contracts import (
     Arrangement,
     Checkpointing,
@@ -33,21 +39,34 @@ SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def make_plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None = None,
 ) -> Plan:
     """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
+
+    Args:
+        rows: the training rows' lengths; without them all count as full.
 
     Raises:
         ConfigError: the settings contradict each other, the model or the hardware.
     """
-    plan = _plan(config, facts, engine, hardware, registry)
+    plan = _plan(config, facts, engine, hardware, registry, rows)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry))
+    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, rows))
 
 
 def _plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None,
 ) -> Plan:
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
@@ -55,14 +74,16 @@ def _plan(
     dtype = compute_dtype(config, hardware)
     padding = decide_padding(config, facts, engine, hardware, dtype)
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
-    plan = closest_plan(
-        replace(workload(config, facts, engine), capture=not uncaptured),
-        hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free)),
-        registry,
-        strategy,
-    )
-    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason)
+    work = replace(workload(config, facts, engine), capture=not uncaptured)
+    full = ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free))
+    estimator: Estimator = full
+    if rows is not None:
+        rows = rows.cut(config.max_seq_length)
+        work = replace(work, sequence_length=round(rows.mean))
+        estimator = RowsEstimator(full, config, rows)
+    plan = closest_plan(work, hardware, estimator, registry, strategy)
+    known = rows is not None
+    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=uncaptured or _uncaptured(plan))
     if config.device_map is not None:
@@ -138,6 +159,7 @@ def training_settings(
         sequence_length=config.max_seq_length,
         packed=padding_free,
         attention_mask=False if unmasked else None,
+        repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
     )
 
 
@@ -150,12 +172,29 @@ class TrainedRows:
         largest_micro_batch: tokens of the largest micro-batch, padding not counted.
         alike: all rows have one length.
         padded_reason: why rows of a micro-batch are padded; None where they are joined.
+        sizes: tokens of the sizes at which steps are captured, ascending, up to the largest; none where they are not.
     """
 
     longest: int
     largest_micro_batch: int
     alike: bool
     padded_reason: str | None
+    sizes: tuple[int, ...] = ()
+
+
+def trained_rows(
+    batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None, sizes: Sequence[int] = ()
+) -> TrainedRows:
+    """The lengths among the first `steps` steps of a run."""
+    sums = batches.largest_sums(steps, plan.processes)
+    largest = sums[min(plan.micro_batch, len(sums)) - 1]
+    return TrainedRows(
+        longest=batches.longest_row(steps),
+        largest_micro_batch=size_for(largest, sizes) or largest,
+        alike=len(set(batches.lengths)) == 1,
+        padded_reason=padded_reason,
+        sizes=tuple(size for size in sizes if size <= (size_for(largest, sizes) or 0)),
+    )
 
 
 def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list[MemoryEstimate]:
@@ -170,7 +209,8 @@ def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list
     settings = replace(settings, sequence_length=rows.largest_micro_batch if padding_free else rows.longest)
     if rows.alike:
         settings = replace(settings, attention_mask=False)  # rows of one length need none
-    estimator = ClosedFormEstimator(facts, settings)
+    # The eager pass that goes before a recording is kept beside it: that of a smaller size beside the largest.
+    estimator = ClosedFormEstimator(facts, settings, second_pass_tokens=rows.sizes[-2] if len(rows.sizes) > 1 else 0)
     split = plan.processes == 1 and len(plan.devices) > 1
     arrangement = Arrangement(
         plan.processes,
@@ -179,7 +219,7 @@ def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list
         plan.gradient_checkpointing,
         lanes=plan.lanes,
         stages=len(plan.devices) if split else 1,
-        captured=plan.captured,
+        captured=bool(rows.sizes),
     )
     last = facts.num_layers - 1
     predicted = []
@@ -192,14 +232,19 @@ def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list
 
 
 def _suggestions(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    rows: KnownRows | None,
 ) -> tuple[Suggestion, ...]:
     """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
     found: list[Suggestion] = []
 
     def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
         try:
-            plan = _plan(changed, facts, engine, devices, registry)
+            plan = _plan(changed, facts, engine, devices, registry, rows)
         except ConfigError:
             return False
         if plan.fits:
@@ -216,8 +261,8 @@ def _suggestions(
     if config.use_gradient_checkpointing == "none":
         fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
     if config.per_device_train_batch_size is not None:
-        for rows in _halvings(config.per_device_train_batch_size, 1):
-            if fits(f"--per_device_train_batch_size {rows}", config.replace(per_device_train_batch_size=rows)):
+        for micro in _halvings(config.per_device_train_batch_size, 1):
+            if fits(f"--per_device_train_batch_size {micro}", config.replace(per_device_train_batch_size=micro)):
                 break
     for length in _halvings(config.max_seq_length, 256):
         if fits(f"--max_seq_length {length}", config.replace(max_seq_length=length)):

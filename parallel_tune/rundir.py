@@ -42,6 +42,10 @@ class RunDir:
         return self.path / "report.json"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
     def timeline(self) -> Path:
         return self.path / "timeline.json"
 

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,19 @@ class GlobalBatches:
         """Tokens of the longest row among the first `steps` steps."""
         return max(self.lengths[i] for step in range(min(steps, self.steps_per_epoch)) for i in self.sample_ids(step))
 
-    def largest_micro_batch(self, steps: int, processes: int, micro_batch: int, num_micro_batches: int) -> int:
-        """Tokens of the largest micro-batch among the first `steps` steps, padding not counted."""
-        return max(
-            sum(self.lengths[i] for i in rows)
-            for step in range(min(steps, self.steps_per_epoch))
-            for rank in self.micro_batches(step, processes, micro_batch, num_micro_batches)
-            for rows in rank
-        )
+    def largest_sums(self, steps: int, processes: int) -> list[int]:
+        """Entry k-1: the most tokens, padding not counted, of any micro-batch of k rows in the first `steps` steps.
+
+        A step's rows are dealt out longest first, so that the first rank's first micro-batch is its largest.
+        """
+        largest: list[int] = []
+        for step in range(steps):
+            lengths = sorted((self.lengths[i] for i in self.sample_ids(step)), reverse=True)
+            sums = list(accumulate(lengths[::processes]))
+            largest += sums[len(largest) :]
+            largest[: len(sums)] = [max(pair) for pair in zip(largest, sums, strict=False)]
+        # A short step has no more rows to give, and counts for larger micro-batches with what it has.
+        return list(accumulate(largest, max))
 
     def target_tokens(self, step: int) -> int:
         """Predicted tokens of one step over all ranks: the loss is the mean over these."""

@@ -101,8 +101,9 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune import report
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
+    from parallel_tune.data_part import describe_data
     from parallel_tune.gathering import choose_gathering
-    from parallel_tune.planning import TrainedRows
+    from parallel_tune.planning import predict_for_rows, trained_rows
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
@@ -122,8 +123,20 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
+    first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, gathering.padded_reason, gathering.sizes)
     if session.is_main:
-        print("\n".join(gathering.said()))
+        predicted = predict_for_rows(config, plan, first_epoch)
+        data_part = describe_data(
+            data_report,
+            batches,
+            train_rows.row_lengths,
+            plan,
+            config.max_seq_length,
+            gathering.padded_reason,
+            predicted,
+        )
+        data_part.save(run.data)
+        print(*data_part.lines(), *gathering.said(), sep="\n")
     metrics = MetricsWriter(run, batches, session)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
@@ -144,14 +157,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
     steps = trainer.state.global_step
-    rows = TrainedRows(
-        longest=batches.longest_row(steps),
-        largest_micro_batch=gathering.filled_up(
-            batches.largest_micro_batch(steps, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
-        ),
-        alike=len(set(batches.lengths)) == 1,
-        padded_reason=gathering.padded_reason,
-    )
+    rows = trained_rows(batches, plan, steps, gathering.padded_reason, gathering.sizes)
     report.write(
         run, config, plan, session, metrics, steps, losses, data_report, rows, time.monotonic() - started,
     )  # fmt: skip

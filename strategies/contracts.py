@@ -226,6 +226,7 @@ class Plan:
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
         captured: forward and backward are recorded once for each size of micro-batch, and replayed.
         uncaptured_reason: why not; empty where they are, or where the strategy has no use for it.
+        rows_known: memory and speed are those of the run's own rows; else all rows count as full.
         padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
     """
@@ -247,6 +248,7 @@ class Plan:
     padded_reason: str = ""
     captured: bool = False
     uncaptured_reason: str = ""
+    rows_known: bool = False
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()

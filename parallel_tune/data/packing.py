@@ -41,9 +41,9 @@ class PackedRows(Sequence[EncodedRow]):
         return [sum(lengths) for lengths in self._row_lengths]
 
     @property
-    def rows_in(self) -> list[int]:
-        """Rows of each sequence."""
-        return [len(lengths) for lengths in self._row_lengths]
+    def row_lengths(self) -> list[list[int]]:
+        """Tokens of each row of each sequence."""
+        return self._row_lengths
 
     @property
     def answer_tokens(self) -> list[int]:

@@ -81,6 +81,11 @@ class EncodedRows(Sequence[EncodedRow]):
         return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
 
     @property
+    def row_lengths(self) -> list[list[int]]:
+        """The same, as packed sequences have it: the rows that each row consists of."""
+        return [[length] for length in self.lengths]
+
+    @property
     def answer_tokens(self) -> list[int]:
         """Predicted tokens of each row: those whose label is not IGNORED."""
         bounds = zip(self._ends, self._ends[1:], strict=False)

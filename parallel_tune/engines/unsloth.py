@@ -47,6 +47,8 @@ class UnslothEngine:
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if plan.padding_free and session.device.type == "cuda":
+            _use_row_kernels()
         return model, tokenizer
 
     def add_adapters(self, model: Any, config: TrainConfig, plan: Plan) -> Any:
@@ -70,6 +72,18 @@ class UnslothEngine:
     def training_arguments(self, plan: Plan) -> dict[str, Any]:
         # Unsloth's checkpointing is set on the model; the trainer must not switch on another.
         return {"gradient_checkpointing": plan.gradient_checkpointing != "none"}
+
+
+def _use_row_kernels() -> None:
+    """Let models that Unsloth leaves to transformers attend to joined rows by its kernels, not by a mask of all tokens.
+
+    Its own trainer does so when it pads nothing; ours makes the batches itself. Releases without it use the mask.
+    """
+    try:
+        from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
+    except ImportError:
+        return
+    enable_hf_packed_attention()
 
 
 def checkpointing(plan: Plan) -> bool | str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parallel_tune.memory import speed
+from parallel_tune.memory.captured import GRADIENT_COPIES, captured_settings, returned_loss_bytes
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
@@ -24,11 +25,14 @@ class ClosedFormEstimator:
 
     Attributes:
         constants: the machine's own; None for the documented defaults of the device's kind.
+        second_pass_tokens: of a captured run, tokens of the eager pass whose memory is kept beside the recordings';
+            None for as many as the largest pass has, the most that there can be.
     """
 
     facts: ModelFacts
     settings: TrainingSettings
     constants: MachineConstants | None = None
+    second_pass_tokens: int | None = None
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak on the device that holds `part`: the largest of the phases."""
@@ -40,8 +44,19 @@ class ClosedFormEstimator:
         return replace(
             peak,
             context_bytes=context + scratch,
-            reserve_bytes=self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
+            reserve_bytes=self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement)
+            + self._second_pass_bytes(peak, arrangement),
         )
+
+    def _second_pass_bytes(self, peak: MemoryEstimate, arrangement: Arrangement) -> int:
+        """Recordings keep their memory; the eager pass before the next one has its own."""
+        if not arrangement.captured:
+            return 0
+        a_pass = peak.activations_bytes + peak.cross_entropy_bytes
+        if self.second_pass_tokens is None:
+            return a_pass
+        # All but the tables of positions grows with the tokens.
+        return a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
 
     def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
         """The caching allocator's own: freed blocks that no later tensor fitted into."""
@@ -73,6 +88,7 @@ class _Moments:
     """The moments of one optimizer step on one device."""
 
     def __init__(self, facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement) -> None:
+        settings = captured_settings(settings) if arrangement.captured else settings
         self.facts, self.settings, self.part, self.arrangement = facts, settings, part, arrangement
         self.states: StateBytes = state_bytes(facts, settings, part)
         self.hidden_bytes = arrangement.micro_batch * settings.sequence_length * facts.hidden_size
@@ -108,6 +124,8 @@ class _Moments:
         peak = max(head.backward_bytes - own, head.forward_bytes)
         if self.settings.cross_entropy == "fused":
             peak = min(peak, fused_loss_bytes(self.facts, self.settings, self.arrangement.micro_batch))
+        if self.settings.cross_entropy == "returned":
+            peak = returned_loss_bytes(self.facts, self.settings, self.arrangement.micro_batch)
         return self._estimate(
             "cross_entropy",
             self.states.gradients_bytes if self.gradients_exist else own,
@@ -159,6 +177,8 @@ class _Moments:
     def _estimate(
         self, phase: str, gradients: int, activations: int, cross_entropy: int = 0, buffers: int = 0
     ) -> MemoryEstimate:
+        if self.arrangement.captured:
+            buffers += GRADIENT_COPIES * self.states.gradients_bytes
         return MemoryEstimate(
             weights_bytes=self.states.weights_bytes,
             adapters_bytes=self.states.adapters_bytes,

@@ -149,7 +149,7 @@ def _scores(
     masked = settings.masked(micro_batch) or (windowed and not settings.packed)
     query_bytes, key_bytes = scene.bytes_of(facts.query_size), scene.bytes_of(facts.kv_size)
     bias = tape.hold(0)
-    if masked and facts.num_heads != facts.num_kv_heads:
+    if (masked or settings.repeats_heads) and facts.num_heads != facts.num_kv_heads:
         # A single head is repeated by a view.
         repeated_bytes = query_bytes if facts.num_kv_heads > 1 else 0
         repeated = [_repeated(tape, state, repeated_bytes, key_bytes) for state in (key, value)]

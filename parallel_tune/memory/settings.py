@@ -23,12 +23,14 @@ class TrainingSettings:
         compute_dtype: dtype of the forward pass, and of weights that are not quantised.
         weights_dtype: dtype of the weights when it is not the compute dtype (float32 master weights).
         optimizer: transformers' name of the optimizer.
-        cross_entropy: "plain" makes all logits at once; "fused" never holds more than a chunk of them.
+        cross_entropy: "plain" makes all logits at once; "fused" never holds more than a chunk of them; "returned" makes
+            them all, works in place and returns them.
         sequence_length: tokens of a full row.
         packed: rows are joined without padding into one.
         attention_mask: whether attention gets an explicit mask, a square of the tokens; None for what the batches need:
             rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
         lora_dtype: dtype of the adapters.
+        repeats_heads: attention without a mask keeps grouped keys and values once for each head.
     """
 
     method: Literal["full", "lora"] = "lora"
@@ -39,12 +41,13 @@ class TrainingSettings:
     compute_dtype: str = "bfloat16"
     weights_dtype: str | None = None
     optimizer: str = "adamw_torch"
-    cross_entropy: Literal["plain", "fused"] = "plain"
+    cross_entropy: Literal["plain", "fused", "returned"] = "plain"
     engine: Literal["unsloth", "transformers"] = "transformers"
     sequence_length: int = 2048
     packed: bool = False
     attention_mask: bool | None = None
     lora_dtype: str = "float32"
+    repeats_heads: bool = False
 
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "weights_dtype", "lora_dtype"):

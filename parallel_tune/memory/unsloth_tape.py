@@ -98,9 +98,15 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     statistic = tape.hold(scene.tokens * facts.num_heads * ops.FLOAT32_BYTES)
     square = scene.tokens * scene.settings.mask_width(micro_batch) * scene.element_bytes
     bias = tape.hold(square if scene.settings.masked(micro_batch) else 0)
+    repeated_bytes = 2 * scene.bytes_of(facts.query_size - facts.kv_size) if scene.settings.repeats_heads else 0
+    repeated = tape.hold(repeated_bytes)
     joined = tape.operation(
-        scene.bytes_of(facts.query_size), ((kept[0], kept[0].size_bytes),), (*kept, statistic, bias), save_output=True
+        scene.bytes_of(facts.query_size),
+        ((kept[0], kept[0].size_bytes),),
+        (*kept, statistic, bias, repeated),
+        save_output=True,
     )
+    tape.release(repeated)
     tape.release(statistic)
     tape.release(bias)
     tape.drop(*kept)

@@ -12,10 +12,11 @@ import torch
 import transformers
 
 from parallel_tune.config import TrainConfig, make_config
-from parallel_tune.data import IGNORED, EncodedRow, boundary_arguments, collate, join
+from parallel_tune.data import IGNORED, EncodedRow, boundary_arguments, collate, fill_up, join
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.memory.facts import ModelFacts, facts_from_config
 from parallel_tune.padding_free import decide_padding
+from parallel_tune.row_arguments import model_arguments
 from parallel_tune.row_attention import use_row_attention
 from parallel_tune.row_check import settle_padding
 from strategies.errors import ConfigError
@@ -186,6 +187,18 @@ def test_a_forward_that_takes_no_boundaries_is_a_reason() -> None:
     assert reason is not None and "takes no row boundaries (TypeError" in reason
 
 
+def test_unsloths_tables_that_follow_the_length_stay_padded() -> None:
+    plan: Any = SimpleNamespace(padding_free=True, padded_reason="", engine="unsloth")
+    model = make("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    reason = settle_padding(model, ROWS, make_config({}), plan, SESSION, torch.float32)
+    assert reason == "Unsloth scales its dynamic rotary tables by the length of the whole batch"
+    with pytest.raises(ConfigError, match=r"--packing joins rows .* dynamic rotary tables"):
+        settle_padding(model, ROWS, make_config({"packing": True}), plan, SESSION, torch.float32)
+    model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4}
+    assert settle_padding(model, ROWS, make_config({}), plan, SESSION, torch.float32) is None
+
+
 def facts(name: str = "llama", **changes: Any) -> ModelFacts:
     return facts_from_config({**CONFIGS[name].to_dict(), **changes})
 
@@ -230,3 +243,18 @@ def test_what_cannot_be_is_refused_where_it_was_asked_for() -> None:
         assert decide_padding(make_config(option), facts(), "transformers", T4, "float16").free
     with pytest.raises(ConfigError, match="packing joins rows"):
         make_config({"packing": True, "padding_free": "off"})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_joined_rows_at_a_fixed_size_give_the_same(name: str) -> None:
+    """What fills a batch up changes nothing: neither in attention nor in the loss."""
+    model = make(name)
+    use_row_attention(model)
+    groups = [ROWS[:3], ROWS[3:], []]
+    joined = [join(rows, 0) for rows in groups]
+    fixed = [fill_up(batch, 0, 64, 5) for batch in joined]
+    assert all(batch["input_ids"].shape == (1, 64) for batch in fixed)
+    loss, gradient = step(model, (model_arguments(batch, "transformers")[0] for batch in joined))
+    filled_loss, filled_gradient = step(model, (model_arguments(batch, "transformers")[0] for batch in fixed))
+    assert filled_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(filled_gradient, gradient, rtol=1e-5, atol=1e-6)

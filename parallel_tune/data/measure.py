@@ -1,0 +1,33 @@
+"""The process that reads a dataset for the plan: the lengths of its training rows.
+
+python -m parallel_tune.data.measure FILE < config.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from parallel_tune.config import make_config
+from parallel_tune.data.prepare import prepare_data
+from parallel_tune.engines.transformers import load_tokenizer
+from parallel_tune.outcome import write_atomically
+from strategies.errors import ConfigError
+
+
+def main() -> None:
+    """Write the lengths, or what is wrong, as JSON."""
+    config = make_config(yaml.safe_load(sys.stdin))
+    try:
+        rows, _, _ = prepare_data(config, load_tokenizer(config))
+        said: dict[str, object] = {"lengths": rows.lengths}
+    except ConfigError as error:
+        said = {"message": error.message, "hint": error.hint}
+    write_atomically(Path(sys.argv[1]), json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Planning for rows whose lengths are known, where a plan without data counts all as full. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.sampler import GlobalBatches
+from strategies.batching import DEFAULT_ACCUMULATION, DEFAULT_MICRO_BATCH
+from strategies.contracts import Arrangement, Device, MemoryEstimate, Part, Plan
+from strategies.errors import ConfigError
+
+MOST_ROWS = 2_000_000
+"""Rows of a whole run up to which each of its steps is looked at; beyond it the longest rows are taken to meet."""
+
+
+def could_do_better(config: TrainConfig, plan: Plan, num_devices: int) -> bool:
+    """Whether a plan for full rows might be another one for shorter rows."""
+    if config.packing:
+        return False  # sequences are full
+    fixed = config.per_device_train_batch_size is not None or config.gradient_accumulation_steps is not None
+    more_at_once = not fixed and plan.gradient_accumulation_steps > 1
+    recomputes = config.use_gradient_checkpointing == "auto" and plan.gradient_checkpointing != "none"
+    splits = config.strategy == "auto" and plan.processes < num_devices
+    return not plan.fits or more_at_once or recomputes or splits
+
+
+class KnownRows:
+    """The lengths of a run's training rows.
+
+    Attributes:
+        lengths: tokens of each row.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self._largest: dict[tuple[int, int, int, int], list[int]] = {}
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row on average."""
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def cut(self, max_seq_length: int) -> KnownRows:
+        """The rows when none may be longer."""
+        if self.longest <= max_seq_length:
+            return self
+        return KnownRows([min(length, max_seq_length) for length in self.lengths])
+
+    def largest_micro_batch(self, config: TrainConfig, processes: int, micro_batch: int) -> int:
+        """Tokens of the largest micro-batch of a whole run, padding not counted."""
+        micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        product = (micro or DEFAULT_MICRO_BATCH) * (steps or DEFAULT_ACCUMULATION) * processes
+        global_batch = config.global_batch_size or product
+        batches = GlobalBatches(self.lengths, (), global_batch, config.seed)
+        num_steps = -(-int(config.num_train_epochs * 1000) // 1000) * batches.steps_per_epoch
+        if config.max_steps > 0:
+            num_steps = config.max_steps
+        if num_steps * global_batch > MOST_ROWS:
+            return sum(sorted(self.lengths, reverse=True)[:micro_batch])
+        key = (global_batch, processes, num_steps, config.seed)
+        if key not in self._largest:
+            self._largest[key] = batches.largest_sums(num_steps, processes)
+        sums = self._largest[key]
+        return sums[min(micro_batch, len(sums)) - 1]
+
+
+@dataclass(frozen=True)
+class RowsEstimator:
+    """`strategies.base.Estimator` for rows of known lengths.
+
+    Attributes:
+        full: the same for full rows.
+    """
+
+    full: ClosedFormEstimator
+    config: TrainConfig
+    rows: KnownRows
+
+    def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
+        """Bytes at the peak: for the largest micro-batch where rows are joined, else for the longest row."""
+        tokens = self.rows.longest
+        if self.full.settings.packed:
+            tokens = self.rows.largest_micro_batch(self.config, arrangement.processes, arrangement.micro_batch)
+            arrangement = replace(arrangement, micro_batch=1)
+        return self._of(tokens).memory(part, arrangement, device)
+
+    def micro_batch_seconds(self, part: Part, arrangement: Arrangement, device: Device) -> float:
+        """Device seconds of one micro-batch of average rows."""
+        return self._of(round(self.rows.mean)).micro_batch_seconds(part, arrangement, device)
+
+    def host_seconds(self, part: Part, arrangement: Arrangement) -> float:
+        """Host seconds of one micro-batch, which do not depend on its length."""
+        return self.full.host_seconds(part, arrangement)
+
+    def _of(self, tokens: int) -> ClosedFormEstimator:
+        return replace(self.full, settings=replace(self.full.settings, sequence_length=tokens))
+
+
+def measure_rows(config: TrainConfig) -> KnownRows:
+    """Tokenise the training rows in a process of its own, so that this one stays light, and keep their lengths.
+
+    Raises:
+        ConfigError: the dataset or the tokenizer cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "lengths.json"
+        # It needs no GPU, and must leave none of their memory in use.
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "parallel_tune.data.measure", str(found)],
+            input=config.to_yaml(),
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        if not found.exists():
+            last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+            raise ConfigError(f"the rows of {config.dataset} could not be read: {last}", "Check --dataset and --model.")
+        said = json.loads(found.read_text(encoding="utf-8"))
+    if "message" in said:
+        raise ConfigError(said["message"], said["hint"])
+    return KnownRows(said["lengths"])

@@ -1,0 +1,39 @@
+"""What a captured step needs beside an eager one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.operations import FLOAT32_BYTES
+from parallel_tune.memory.settings import TrainingSettings
+
+GRADIENT_COPIES = 2
+"""While a recording is checked: the gradients that the step has gathered, and the eager ones."""
+
+
+def captured_settings(settings: TrainingSettings) -> TrainingSettings:
+    """Settings as a captured step has them: Unsloth's goes through torch's attention, and makes all logits."""
+    if settings.engine != "unsloth":
+        return settings
+    return replace(settings, cross_entropy="returned", repeats_heads=varlen_repeats_heads())
+
+
+def returned_loss_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch: int) -> int:
+    """Unsloth's loss over all logits: it works in place, but accelerate casts the logits it returns to float32."""
+    cast_bytes = FLOAT32_BYTES if settings.autocast else 0
+    tokens = micro_batch * settings.sequence_length
+    return tokens * facts.vocab_size * (settings.compute_bytes + cast_bytes)
+
+
+@lru_cache(maxsize=1)
+def varlen_repeats_heads() -> bool:
+    """Whether torch's attention over rows of any length wants keys and values for each head: before 2.12 it does."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found is not None and (int(found[1]), int(found[2])) < (2, 12)

@@ -1,0 +1,121 @@
+"""A plan for rows of known lengths: its micro-batches are the run's own, and it is asked for where it can matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, measure_rows
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.planning import TrainedRows, make_plan, predict_for_rows
+from parallel_tune.sampler import GlobalBatches
+from strategies.contracts import Plan
+from strategies.errors import ConfigError
+from strategies.registry import load_registry
+
+MODEL = "unsloth/Qwen3-8B"
+
+
+@given(
+    st.lists(st.integers(2, 300), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([{}, {"num_train_epochs": 2.5}, {"max_steps": 3}]),
+)
+def test_the_largest_micro_batch_is_that_of_the_run(
+    lengths: list[int], global_batch: int, processes: int, micro_batch: int, how_long: dict[str, Any]
+) -> None:
+    config = make_config({"global_batch_size": global_batch, **how_long})
+    batches = GlobalBatches(tuple(lengths), tuple(lengths), global_batch, config.seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs) * batches.steps_per_epoch
+    count = -(-global_batch // (processes * micro_batch))
+    expected = max(
+        sum(lengths[i] for i in rows)
+        for step in range(steps)
+        for rank in batches.micro_batches(step, processes, micro_batch, count)
+        for rows in rank
+    )
+    assert KnownRows(lengths).largest_micro_batch(config, processes, micro_batch) == expected
+
+
+def test_a_run_too_long_to_look_at_counts_on_the_longest_rows() -> None:
+    rows = KnownRows([5, 9, 7, 2])
+    config = make_config({"global_batch_size": 2, "max_steps": MOST_ROWS})
+    assert rows.largest_micro_batch(config, 1, 2) == 16
+    assert rows.cut(6).lengths == (5, 6, 6, 2) and rows.cut(9) is rows
+
+
+ALPACA = KnownRows([40 + 3 * (number % 30) for number in range(3000)])
+
+
+def plan_of(rows: KnownRows | None, hardware: str = "1xH100-80GB", **options: Any) -> tuple[TrainConfig, Plan]:
+    config = make_config({"model": MODEL, **options})
+    facts = load_model_facts(MODEL)
+    return config, make_plan(config, facts, "unsloth", parse_hardware(hardware), load_registry(), rows)
+
+
+def test_short_rows_go_together_and_are_not_recomputed() -> None:
+    config, full = plan_of(None, "1xRTX3090-24GB", global_batch_size=4)
+    assert full.gradient_checkpointing != "none" and full.micro_batch == 1
+    assert could_do_better(config, full, 1)
+    _, known = plan_of(ALPACA, "1xRTX3090-24GB", global_batch_size=4)
+    assert (known.micro_batch, known.gradient_accumulation_steps, known.gradient_checkpointing) == (4, 1, "none")
+    assert known.rows_known and not full.rows_known and known.fits
+    assert not could_do_better(config, known, 1)
+
+
+def test_what_the_user_says_is_honoured() -> None:
+    config, plan = plan_of(ALPACA, global_batch_size=16, per_device_train_batch_size=2)
+    assert (plan.micro_batch, plan.gradient_accumulation_steps) == (2, 8)
+    assert not could_do_better(config, plan, 1)
+    config, plan = plan_of(None, "1xRTX3090-24GB", per_device_train_batch_size=4)
+    assert could_do_better(config, plan, 1)
+    assert not could_do_better(replace(config, packing=True), plan, 1)
+
+
+def test_the_plan_counts_what_the_report_will_count() -> None:
+    """Full rows of known number and the same rows known give the same memory."""
+    for padding_free in ("on", "off"):
+        options = {"padding_free": padding_free, "global_batch_size": 8, "per_device_train_batch_size": 4}
+        config, known = plan_of(KnownRows([2048] * 64), **options)
+        _, full = plan_of(None, **options)
+        reason = None if padding_free == "on" else "so"
+        (predicted,) = predict_for_rows(config, known, TrainedRows(2048, 8192, padding_free == "off", reason))
+        assert known.devices[0].memory == predicted
+        assert predicted.peak_bytes == pytest.approx(full.devices[0].memory.peak_bytes, rel=0.002)
+
+
+def test_the_lengths_are_those_of_the_rows_trained_on(tied_model: Any, rows_file: Any) -> None:
+    options = {"model": str(tied_model), "dataset": str(rows_file), "val_size": 6, "max_seq_length": 64}
+    rows = measure_rows(make_config(options))
+    assert len(rows.lengths) == 53 and rows.longest == 64 and min(rows.lengths) < 20
+    with pytest.raises(ConfigError, match="nowhere"):
+        measure_rows(make_config({**options, "dataset": "nowhere.jsonl"}))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        measure_rows(make_config({**options, "model": "/nowhere"}))
+
+
+def test_a_run_plans_for_its_rows(tune: Any, single_run: Any) -> None:
+    base = tuple(option for option in tune.base if "per_device" not in option)
+    run = replace(tune, base=base)("--strategy=ddp", "--hardware=cpu:2")
+    assert run.plan["rows_known"]
+    assert (run.plan["micro_batch"], run.plan["gradient_accumulation_steps"]) == (6, 1)
+    assert "by the lengths of these rows" in run.out
+    assert run.losses == pytest.approx(single_run.losses, rel=1e-5)
+    planned = [device["planned_peak_bytes"] for device in run.report["devices"]]
+    assert planned == [device["predicted_peak_bytes"] for device in run.report["devices"]]
+
+
+def test_a_dataset_that_cannot_be_read_ends_it_before_it_begins(tune: Any) -> None:
+    base = tuple(option for option in tune.base if "per_device" not in option and "dataset" not in option)
+    ended = replace(tune, base=base).ended("--dataset=nowhere.jsonl", "--hardware=cpu:2")
+    assert ended.code == 2 and "nowhere.jsonl" in ended.err
+    assert not ended.run.exists()
