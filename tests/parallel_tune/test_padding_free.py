@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -64,7 +65,8 @@ TARGETS = torch.tensor(sum(label != IGNORED for row in ROWS for label in row["la
 
 def make(name: str) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").train()
+    config = copy.deepcopy(CONFIGS[name])  # some tests change it
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
     for parameter in model.parameters():
         parameter.data *= 3  # attention counts
     return model
