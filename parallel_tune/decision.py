@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from parallel_tune import planning
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.launch import worker_argv
+from parallel_tune.machine import When, know
 from parallel_tune.memory.lookup import load_model_facts
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
@@ -21,13 +22,25 @@ def find_hardware(config: TrainConfig) -> Hardware:
     return parse_hardware(config.hardware) if config.hardware else probe(dict(os.environ))
 
 
-def decide(config: TrainConfig, hardware: Hardware) -> tuple[Plan, list[str]]:
-    """The plan and the lines to say before it."""
+def decide(config: TrainConfig, hardware: Hardware, measure: When = "never") -> tuple[Plan, list[str]]:
+    """The plan and the lines to say before it.
+
+    Args:
+        measure: when to measure this machine's constants; see `parallel_tune.machine`.
+    """
+    machine = know(hardware, measure)
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
-    plan = planning.make_plan(config, load_model_facts(config.model), engine, hardware, registry)
-    plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
+    facts = load_model_facts(config.model)
+    estimating = planning.closed_form(facts, machine.measured)
+    plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+    plan = replace(
+        plan,
+        launch=worker_argv(plan, "RUN_DIRECTORY"),
+        constants={name: asdict(constants) for name, constants in machine.measured.items()},
+        basis=machine.said,
+    )
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()
     if not gpus and not config.hardware:

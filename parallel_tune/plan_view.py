@@ -49,6 +49,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         "\n".join(_wrapped(_legend(plan), width)),
         "\n".join(line for text in facts(plan) for line in _wrapped(text, width, "  ")),
         _section("Why", plan.reasons, width),
+        _section("Figures", plan.basis, width),
         _section("Not taken", (f"{r.strategy}: {r.reason}" for r in plan.rejected), width),
         _section(
             "Any one of these would fit",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
-from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.settings import MachineConstants, TrainingSettings
+from strategies.base import Estimator
 from strategies.contracts import (
     Arrangement,
     Checkpointing,
@@ -30,22 +33,47 @@ from strategies.selector import closest_plan
 SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+Estimating = Callable[[TrainConfig, EngineName, str], Estimator]
+"""Settings, engine and compute dtype to what estimates memory and time."""
+
+
+def closed_form(facts: ModelFacts, measured: Mapping[str, MachineConstants] | None = None) -> Estimating:
+    """The closed form of a model, with the constants that were measured for devices of these names."""
+    return lambda config, engine, dtype: ClosedFormEstimator(
+        facts, training_settings(config, engine, dtype), measured=measured or {}
+    )
+
+
 def make_plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    estimating: Estimating | None = None,
 ) -> Plan:
     """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
+
+    Args:
+        estimating: the closed form if left out.
 
     Raises:
         ConfigError: the settings contradict each other, the model or the hardware.
     """
-    plan = _plan(config, facts, engine, hardware, registry)
+    estimating = estimating or closed_form(facts)
+    plan = _plan(config, facts, engine, hardware, registry, estimating)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry))
+    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, estimating))
 
 
 def _plan(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    estimating: Estimating,
 ) -> Plan:
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
@@ -54,7 +82,7 @@ def _plan(
     plan = closest_plan(
         workload(config, facts, engine),
         hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, dtype)),
+        estimating(config, engine, dtype),
         registry,
         strategy,
     )
@@ -123,6 +151,12 @@ def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> Tr
     )
 
 
+def constants_of(plan: Plan) -> dict[str, MachineConstants]:
+    """The measured constants that a plan was made with, by the devices' names."""
+    known: dict[str, Mapping[str, Any]] = {name: dict(values) for name, values in plan.constants.items()}
+    return {name: MachineConstants(**values) for name, values in known.items()}
+
+
 def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: bool) -> list[MemoryEstimate]:
     """What each device of a plan needs when no row is longer than `longest_row` tokens.
 
@@ -133,7 +167,7 @@ def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: 
     settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
     if not padded:
         settings = replace(settings, attention_mask=False)  # rows of one length need none
-    estimator = ClosedFormEstimator(facts, settings)
+    estimator = ClosedFormEstimator(facts, settings, measured=constants_of(plan))
     split = plan.processes == 1 and len(plan.devices) > 1
     arrangement = Arrangement(
         plan.processes,
@@ -154,14 +188,19 @@ def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: 
 
 
 def _suggestions(
-    config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, registry: StrategyRegistry
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    estimating: Estimating,
 ) -> tuple[Suggestion, ...]:
     """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
     found: list[Suggestion] = []
 
     def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
         try:
-            plan = _plan(changed, facts, engine, devices, registry)
+            plan = _plan(changed, facts, engine, devices, registry, estimating)
         except ConfigError:
             return False
         if plan.fits:

@@ -220,6 +220,8 @@ class Plan:
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
         launch: the command that starts the training processes.
+        constants: what was measured on this machine, by the devices' names; others have the built-in constants.
+        basis: for people, what the figures rest on.
     """
 
     strategy: str
@@ -239,6 +241,8 @@ class Plan:
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     launch: tuple[str, ...] = ()
+    constants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    basis: tuple[str, ...] = ()
 
     @property
     def visible(self) -> tuple[int, ...]:
@@ -276,6 +280,7 @@ class Plan:
                 rejected=tuple(Rejection(**r) for r in raw.pop("rejected")),
                 suggestions=tuple(Suggestion(**s) for s in raw.pop("suggestions")),
                 launch=tuple(raw.pop("launch")),
+                basis=tuple(raw.pop("basis", ())),
                 **raw,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
