@@ -10,7 +10,8 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.launch import worker_argv
-from parallel_tune.machine import When, know
+from parallel_tune.machine import When, kind_of_run, know
+from parallel_tune.memory.corrections import correct
 from parallel_tune.memory.lookup import load_model_facts
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
@@ -33,13 +34,14 @@ def decide(config: TrainConfig, hardware: Hardware, measure: When = "never") -> 
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
     facts = load_model_facts(config.model)
-    estimating = planning.closed_form(facts, machine.measured)
+    estimating = planning.cautious(planning.closed_form(facts, machine.measured), machine.corrections)
     plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+    plan, learned = correct(plan, kind_of_run(config, plan), machine.corrections)
     plan = replace(
         plan,
         launch=worker_argv(plan, "RUN_DIRECTORY"),
         constants={name: asdict(constants) for name, constants in machine.measured.items()},
-        basis=machine.said,
+        basis=(*machine.said, *learned),
     )
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
+from parallel_tune.config import TrainConfig
 from parallel_tune.gpus import known_gpu, plain
 from parallel_tune.hardware import probe_details
-from parallel_tune.memory import constants
+from parallel_tune.memory import constants, corrections
 from parallel_tune.memory.constants import Measured, NotMeasured
+from parallel_tune.memory.corrections import Corrections
 from parallel_tune.memory.machine_key import MachineKey, machine_key
 from parallel_tune.memory.settings import MachineConstants
 from parallel_tune.nvml import MIB, driver_version, read_nvml
-from strategies.contracts import Hardware
+from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, RunFailed
 
 BUILT_IN = "built in (from one NVIDIA H200; NCCL is assumed)"
@@ -37,6 +39,11 @@ class Machine:
     keys: Mapping[str, MachineKey] = field(default_factory=dict)
     measured: Mapping[str, MachineConstants] = field(default_factory=dict)
     said: tuple[str, ...] = ()
+
+    @property
+    def corrections(self) -> Corrections:
+        """What past runs on these devices teach."""
+        return Corrections(self.keys, frozenset(self.measured))
 
 
 def know(
@@ -78,6 +85,29 @@ def know(
             found[name] = known
         said.append(_sentence(name, known))
     return Machine(keys, {name: measured.constants for name, measured in found.items()}, tuple(said))
+
+
+def remember(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: str) -> None:
+    """Keep what a finished run used beyond its prediction, for later plans on this machine.
+
+    Args:
+        run: what tells this run from all others.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    rows = corrections.rows_of(report, plan, kind_of_run(config, plan), run)
+    # Under --hardware the names are those of the table, and no plan for the cards themselves would ask for them.
+    here = {card.name for card in read_nvml()} if rows else set()
+    for name in here.intersection(rows):
+        corrections.remember(machine_key(name, driver_version()), rows[name])
+
+
+def kind_of_run(config: TrainConfig, plan: Plan) -> str:
+    """What the corrections of a run are kept under."""
+    method = "full" if config.full_finetuning else "lora"
+    stages = len(plan.devices) if plan.processes == 1 else 1
+    return corrections.kind_of(plan.engine, method, config.load_in_4bit, plan.processes, stages)
 
 
 def _measure(

@@ -159,6 +159,10 @@ def facts(plan: Plan) -> Iterable[str]:
         yield f"global batch   {plan.global_batch} = {factors}"
     else:
         yield f"global batch   {plan.global_batch}, in {product} places, some left empty = {factors}"
+    corrected = [device for device in plan.devices if device.corrected_peak_bytes is not None]
+    if corrected:
+        peaks = ", ".join(f"{gib(device.corrected_peak_bytes or 0)} on device {device.index}" for device in corrected)
+        yield f"corrected      {peaks}, by {max(d.past_runs for d in corrected)} past runs here; the peak above is raw"
     yield f"checkpointing  {CHECKPOINTING[plan.gradient_checkpointing]}"
     if plan.predicted_tokens_per_second > 0:
         yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, rows full"

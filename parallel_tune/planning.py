@@ -11,6 +11,7 @@ from typing import Any
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
@@ -41,6 +42,13 @@ def closed_form(facts: ModelFacts, measured: Mapping[str, MachineConstants] | No
     """The closed form of a model, with the constants that were measured for devices of these names."""
     return lambda config, engine, dtype: ClosedFormEstimator(
         facts, training_settings(config, engine, dtype), measured=measured or {}
+    )
+
+
+def cautious(estimating: Estimating, corrections: Corrections) -> Estimating:
+    """The same figures, with the room to leave that past runs on this machine teach."""
+    return lambda config, engine, dtype: CautiousEstimator(
+        estimating(config, engine, dtype), training_settings(config, engine, dtype), corrections
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel_tune import machine
 from parallel_tune.config import TrainConfig
 from parallel_tune.planning import predict_for_rows
 from parallel_tune.rundir import RunDir, write_atomically
@@ -104,6 +106,11 @@ def write(
     if timeline:
         write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
+    try:
+        machine.remember(plan, body, config, f"{run.path} {time.time():.0f}")
+    except OSError as error:
+        # A lesson lost; the run and its report stand.
+        print(f"what this run used was not kept for later plans: {error}")
 
 
 def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:

@@ -139,6 +139,7 @@ class MemoryEstimate:
         buffers_bytes: gradient buckets and other live tensors of the strategy.
         context_bytes: CUDA context, NCCL and library workspaces, outside the tensor allocator.
         reserve_bytes: what the allocator holds beyond live tensors.
+        caution_bytes: what past runs used beyond the prediction; no part of the peak, but room that a plan must leave.
     """
 
     weights_bytes: int
@@ -151,6 +152,7 @@ class MemoryEstimate:
     context_bytes: int = 0
     reserve_bytes: int = 0
     phase: str = ""
+    caution_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -170,6 +172,11 @@ class MemoryEstimate:
         """What the device shows in use at the peak."""
         return self.allocated_bytes + self.context_bytes + self.reserve_bytes
 
+    @property
+    def needed_bytes(self) -> int:
+        """What must be usable for this to fit."""
+        return self.peak_bytes + self.caution_bytes
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -181,7 +188,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One device of a plan. `layers` is [first, last]; `memory` says what fills it at the peak."""
+    """One device of a plan. `layers` is [first, last]; `memory` says what fills it at the peak.
+
+    Attributes:
+        corrected_peak_bytes: the predicted peak and what past runs here used beyond theirs; None without such runs.
+        past_runs: how many they are.
+    """
 
     index: int
     name: str
@@ -192,6 +204,8 @@ class DevicePlan:
     predicted_peak_bytes: int
     layers: tuple[int, int]
     memory: MemoryEstimate
+    corrected_peak_bytes: int | None = None
+    past_runs: int = 0
 
 
 @dataclass(frozen=True)

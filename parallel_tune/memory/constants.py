@@ -165,7 +165,7 @@ def in_child(
     Raises:
         NotMeasured: the process failed, took too long, or said nothing that can be read.
     """
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(uuids), "NCCL_SOCKET_IFNAME": "lo"}
+    env = {"NCCL_SOCKET_IFNAME": "lo", **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
     with subprocess.Popen(
         (*command, *uuids),
         env=env,
