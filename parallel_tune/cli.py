@@ -84,7 +84,7 @@ def plan(config_file: str | None, as_json: bool, measure: bool, debug: bool, **o
 )
 @some_train_options(
     "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
-    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir", "trace",
 )  # fmt: skip
 @click.option(
     "--model", "--model_name", default=None, cls=GroupedOption, group="Model",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, replace
 
-from parallel_tune import planning
+from parallel_tune import planning, tracing
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.launch import worker_argv
 from parallel_tune.machine import When, kind_of_run, know
 from parallel_tune.memory.corrections import correct
-from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.lookup import load_model_config
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -33,15 +34,22 @@ def decide(config: TrainConfig, hardware: Hardware, measure: When = "never") -> 
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
-    facts = load_model_facts(config.model)
-    estimating = planning.cautious(planning.closed_form(facts, machine.measured), machine.corrections)
-    plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+    source, name = load_model_config(config.model)
+    facts = facts_from_config(source, name)
+    tracing.refuse_unknown(config, facts)
+    with tracing.process_for(config, facts, source) as process:
+        facts = process.facts if process is not None else facts
+        estimating = tracing.estimating_for(process, facts, machine.measured)
+        estimating = planning.cautious(estimating, machine.corrections)
+        plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+        if process is not None:
+            plan = tracing.with_traces(plan, config, process)
     plan, learned = correct(plan, kind_of_run(config, plan), machine.corrections)
     plan = replace(
         plan,
         launch=worker_argv(plan, "RUN_DIRECTORY"),
         constants={name: asdict(constants) for name, constants in machine.measured.items()},
-        basis=(*machine.said, *learned),
+        basis=(*machine.said, *learned, *plan.basis),
     )
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()

@@ -159,6 +159,9 @@ def facts(plan: Plan) -> Iterable[str]:
         yield f"global batch   {plan.global_batch} = {factors}"
     else:
         yield f"global batch   {plan.global_batch}, in {product} places, some left empty = {factors}"
+    traced = [device for device in plan.devices if device.traced_allocated_bytes is not None]
+    if traced:
+        yield "tensors traced " + "; ".join(_beside(device) for device in traced)
     corrected = [device for device in plan.devices if device.corrected_peak_bytes is not None]
     if corrected:
         peaks = ", ".join(f"{gib(device.corrected_peak_bytes or 0)} on device {device.index}" for device in corrected)
@@ -166,6 +169,12 @@ def facts(plan: Plan) -> Iterable[str]:
     yield f"checkpointing  {CHECKPOINTING[plan.gradient_checkpointing]}"
     if plan.predicted_tokens_per_second > 0:
         yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, rows full"
+
+
+def _beside(device: DevicePlan) -> str:
+    traced, formula = device.traced_allocated_bytes or 0, device.closed_form_allocated_bytes or 0
+    off = f" ({formula / traced - 1:+.1%})" if traced else ""
+    return f"{traced / GIB:.2f} GiB on device {device.index}, {formula / GIB:.2f} by the closed form{off}"
 
 
 def _rounded(rate: float) -> str:

@@ -20,6 +20,7 @@ from strategies.contracts import (
     Arrangement,
     Checkpointing,
     Device,
+    DevicePlan,
     Hardware,
     MemoryEstimate,
     Part,
@@ -165,19 +166,10 @@ def constants_of(plan: Plan) -> dict[str, MachineConstants]:
     return {name: MachineConstants(**values) for name, values in known.items()}
 
 
-def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: bool) -> list[MemoryEstimate]:
-    """What each device of a plan needs when no row is longer than `longest_row` tokens.
-
-    The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
-    hold against a measurement.
-    """
-    facts = load_model_facts(config.model)
-    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
-    if not padded:
-        settings = replace(settings, attention_mask=False)  # rows of one length need none
-    estimator = ClosedFormEstimator(facts, settings, measured=constants_of(plan))
+def arrangement_of(plan: Plan) -> Arrangement:
+    """How a plan works off its global batch."""
     split = plan.processes == 1 and len(plan.devices) > 1
-    arrangement = Arrangement(
+    return Arrangement(
         plan.processes,
         plan.micro_batch,
         plan.gradient_accumulation_steps,
@@ -185,11 +177,38 @@ def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: 
         lanes=plan.lanes,
         stages=len(plan.devices) if split else 1,
     )
-    last = facts.num_layers - 1
+
+
+def part_of(device: DevicePlan, facts: ModelFacts) -> Part:
+    """What of the model a planned device holds."""
+    first, last = device.layers
+    return Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
+
+
+def predict_for_rows(
+    config: TrainConfig,
+    plan: Plan,
+    longest_row: int,
+    padded: bool,
+    counted: Callable[[ClosedFormEstimator], Estimator] = lambda closed: closed,
+) -> list[MemoryEstimate]:
+    """What each device of a plan needs when no row is longer than `longest_row` tokens.
+
+    The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
+    hold against a measurement.
+
+    Args:
+        counted: what estimates, given the closed form.
+    """
+    facts = load_model_facts(config.model)
+    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
+    if not padded:
+        settings = replace(settings, attention_mask=False)  # rows of one length need none
+    estimator = counted(ClosedFormEstimator(facts, settings, measured=constants_of(plan)))
+    arrangement = arrangement_of(plan)
     predicted = []
     for item in plan.devices:
-        first, last = item.layers
-        part = Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
+        part = part_of(item, facts)
         device = Device(item.index, item.name, item.kind, item.capacity_bytes, item.free_bytes)
         predicted.append(estimator.memory(part, arrangement, device))
     return predicted

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from parallel_tune import machine
 from parallel_tune.config import TrainConfig
-from parallel_tune.planning import predict_for_rows
 from parallel_tune.rundir import RunDir, write_atomically
+from parallel_tune.tracing import predict_for_rows
 from strategies.base import Session
 from strategies.contracts import Plan
+from strategies.errors import ParallelTuneError
 
 if TYPE_CHECKING:
     from parallel_tune.callbacks import MetricsWriter
@@ -70,7 +71,13 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
-    predictions = predict_for_rows(config, plan, longest_row, padded)
+    note: dict[str, str] = {}
+    try:
+        predictions = predict_for_rows(config, plan, longest_row, padded)
+    except ParallelTuneError as error:
+        # The run is done, and its report is worth more than one prediction.
+        predictions = [device.memory for device in plan.devices]
+        note = {"prediction_note": f"the plan's own, for full rows, since: {error.message}"}
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -89,6 +96,7 @@ def write(
         "result": str(run.result(config).relative_to(run.path)),
         "data": asdict(data),
         "longest_row": longest_row,
+        **note,
         "devices": [
             {
                 "index": device.index,

@@ -193,6 +193,8 @@ class DevicePlan:
     Attributes:
         corrected_peak_bytes: the predicted peak and what past runs here used beyond theirs; None without such runs.
         past_runs: how many they are.
+        traced_allocated_bytes, closed_form_allocated_bytes: live tensors of the same step by either count, where a
+            trace was asked for; without the libraries' workspaces.
     """
 
     index: int
@@ -206,6 +208,8 @@ class DevicePlan:
     memory: MemoryEstimate
     corrected_peak_bytes: int | None = None
     past_runs: int = 0
+    traced_allocated_bytes: int | None = None
+    closed_form_allocated_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,7 @@ class Plan:
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
         launch: the command that starts the training processes.
+        estimate: what counted the memory, "closed_form" or "trace".
         constants: what was measured on this machine, by the devices' names; others have the built-in constants.
         basis: for people, what the figures rest on.
     """
@@ -255,6 +260,7 @@ class Plan:
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     launch: tuple[str, ...] = ()
+    estimate: str = "closed_form"
     constants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     basis: tuple[str, ...] = ()
 

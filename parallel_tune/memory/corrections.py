@@ -70,7 +70,7 @@ def rows_of(report: Mapping[str, Any], plan: Plan, kind: str, run: str) -> dict[
         run: what tells this run from all others; its ranks and stages are one observation.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    if report["steps"] < FEWEST_STEPS or len(plan.visible) < len(plan.devices):
+    if report["steps"] < FEWEST_STEPS or len(plan.visible) < len(plan.devices) or "prediction_note" in report:
         return found
     for device, measured in zip(plan.devices, report["devices"], strict=True):
         used, predicted = measured.get("used_peak_bytes"), measured["predicted_peak_bytes"]
