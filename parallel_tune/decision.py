@@ -40,7 +40,7 @@ def decide(config: TrainConfig, hardware: Hardware, measure: When = "never") -> 
     with tracing.process_for(config, facts, source) as process:
         facts = process.facts if process is not None else facts
         estimating = tracing.estimating_for(process, facts, machine.measured)
-        estimating = planning.cautious(estimating, machine.corrections)
+        estimating = planning.cautious(estimating, machine.corrections, tracing.counted_by(process, facts))
         plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
         if process is not None:
             plan = tracing.with_traces(plan, config, process)

@@ -107,7 +107,7 @@ def kind_of_run(config: TrainConfig, plan: Plan) -> str:
     """What the corrections of a run are kept under."""
     method = "full" if config.full_finetuning else "lora"
     stages = len(plan.devices) if plan.processes == 1 else 1
-    return corrections.kind_of(plan.engine, method, config.load_in_4bit, plan.processes, stages)
+    return corrections.kind_of(plan.engine, method, config.load_in_4bit, plan.processes, stages, plan.estimate)
 
 
 def _measure(

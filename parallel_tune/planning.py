@@ -46,10 +46,14 @@ def closed_form(facts: ModelFacts, measured: Mapping[str, MachineConstants] | No
     )
 
 
-def cautious(estimating: Estimating, corrections: Corrections) -> Estimating:
-    """The same figures, with the room to leave that past runs on this machine teach."""
+def cautious(estimating: Estimating, corrections: Corrections, estimate: str = "closed_form") -> Estimating:
+    """The same figures, with the room to leave that past runs on this machine teach.
+
+    Args:
+        estimate: what counts the memory; see `Plan.estimate`.
+    """
     return lambda config, engine, dtype: CautiousEstimator(
-        estimating(config, engine, dtype), training_settings(config, engine, dtype), corrections
+        estimating(config, engine, dtype), training_settings(config, engine, dtype), corrections, estimate
     )
 
 

@@ -49,13 +49,17 @@ def process_for(
     return TraceProcess(facts, source)
 
 
+def counted_by(process: TraceProcess | None, facts: ModelFacts) -> str:
+    """What counts the memory of a plan; see `Plan.estimate`."""
+    return "closed_form" if process is None or facts.closed_form_known else "trace"
+
+
 def estimating_for(
     process: TraceProcess | None, facts: ModelFacts, measured: Mapping[str, MachineConstants]
 ) -> Estimating:
     """The closed form where it describes the model; else the trace."""
-    by_formula = closed_form(facts, measured)
-    if process is None or facts.closed_form_known:
-        return by_formula
+    if process is None or counted_by(process, facts) == "closed_form":
+        return closed_form(facts, measured)
 
     def traced(config: TrainConfig, engine: Any, dtype: str) -> TracedEstimator:
         settings = training_settings(config, engine, dtype)
@@ -87,7 +91,7 @@ def with_traces(plan: Plan, config: TrainConfig, process: TraceProcess) -> Plan:
             )
         )
     said = _sentences(plan, facts)
-    estimate = "closed_form" if facts.closed_form_known else "trace"
+    estimate = counted_by(process, facts)
     return replace(plan, devices=tuple(devices), estimate=estimate, basis=(*plan.basis, *said))
 
 

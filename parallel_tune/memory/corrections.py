@@ -49,10 +49,15 @@ class Correction:
     runs: int
 
 
-def kind_of(engine: str, method: str, load_in_4bit: bool, processes: int, stages: int) -> str:
-    """What a correction is kept for: runs of one kind err alike, since they share code and libraries."""
+def kind_of(engine: str, method: str, load_in_4bit: bool, processes: int, stages: int, estimate: str) -> str:
+    """What a correction is kept for: runs of one kind err alike, since they share code, libraries and formulas.
+
+    Args:
+        estimate: what counted the memory; see `Plan.estimate`.
+    """
     layout = "replicas" if processes > 1 else "stages" if stages > 1 else "alone"
-    return f"{engine}/{'4bit' if load_in_4bit else method}/{layout}"
+    kind = f"{engine}/{'4bit' if load_in_4bit else method}/{layout}"
+    return kind if estimate == "closed_form" else f"{kind}/{estimate}"
 
 
 def path_of(key: MachineKey) -> Path:
@@ -175,8 +180,10 @@ class CautiousEstimator:
     The prediction itself is untouched; only whether a plan fits is judged by the larger of the two.
     """
 
-    def __init__(self, inner: Estimator, settings: TrainingSettings, corrections: Corrections) -> None:
-        self._inner, self._settings, self._corrections = inner, settings, corrections
+    def __init__(
+        self, inner: Estimator, settings: TrainingSettings, corrections: Corrections, estimate: str = "closed_form"
+    ) -> None:
+        self._inner, self._settings, self._corrections, self._estimate = inner, settings, corrections, estimate
         self._known: dict[tuple[str, str], Correction | None] = {}
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
@@ -184,7 +191,12 @@ class CautiousEstimator:
         estimate = self._inner.memory(part, arrangement, device)
         settings = self._settings
         kind = kind_of(
-            settings.engine, settings.method, settings.load_in_4bit, arrangement.processes, arrangement.stages
+            settings.engine,
+            settings.method,
+            settings.load_in_4bit,
+            arrangement.processes,
+            arrangement.stages,
+            self._estimate,
         )
         if (device.name, kind) not in self._known:
             self._known[device.name, kind] = self._corrections.of(device.name, kind)

@@ -128,6 +128,7 @@ def nccl_bytes(gpu: Gpu, rank: int, store: Path) -> int:
     import torch.distributed as dist
 
     device = torch.device("cuda", gpu.ordinal)
+    torch.cuda.set_device(device)  # else what names no device makes a context on the other card
     torch.zeros(1, device=device)
     _give_back()
     before = gpu.outside_bytes()

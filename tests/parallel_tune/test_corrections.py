@@ -16,7 +16,7 @@ from parallel_tune import decision, machine
 from parallel_tune.cli import program
 from parallel_tune.config import make_config
 from parallel_tune.memory import corrections
-from parallel_tune.memory.corrections import Correction, learned, path_of, remember, rows_of
+from parallel_tune.memory.corrections import Correction, kind_of, learned, path_of, remember, rows_of
 from parallel_tune.memory.machine_key import MachineKey, machine_key
 from parallel_tune.nvml import NvmlGpu, Probe
 from strategies.contracts import Device, Hardware, Plan
@@ -78,6 +78,18 @@ def test_the_median_of_the_runs_of_a_kind() -> None:
     assert learned(KEY, "unsloth/full/alone", False) is None
     assert learned(KEY, KIND, True) is None
     assert learned(replace(KEY, driver="590"), KIND, False) is None
+
+
+def test_kinds_keep_apart_what_errs_differently() -> None:
+    kinds = {
+        kind_of(engine, method, four, processes, stages, estimate)
+        for engine in ("unsloth", "transformers")
+        for method, four in (("full", False), ("lora", False), ("lora", True))
+        for processes, stages in ((1, 1), (2, 1), (1, 2))
+        for estimate in ("closed_form", "trace")
+    }
+    assert len(kinds) == 2 * 3 * 3 * 2
+    assert KIND in kinds
 
 
 def test_replicas_of_a_run_are_one_observation() -> None:
