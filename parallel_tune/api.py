@@ -96,7 +96,7 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
             f"Call tune() from a plain process, or run `parallel-tune` under {outer.launcher}.",
         )
     hardware = find_hardware(config)
-    made, lines = decide(config, hardware, with_data=True)
+    made, lines = decide(config, hardware, "missing", with_data=True)
     planning.require_fit(made, config.strategy)
     check_present(made, hardware)
     run = rundir.create(config, made)

@@ -35,6 +35,8 @@ def _impossible(
         return f"rows are padded ({padding.reason or '--padding_free off'})"
     if engine == "transformers" and config.attn_implementation != "sdpa":
         return f"--attn_implementation {config.attn_implementation} looks for rows from the host"
+    if not facts.closed_form_known:
+        return f"no {facts.model_type} model has been tried"
     if facts.num_experts:
         return "how many tokens reach each expert changes from step to step"
     if config.full_finetuning:

@@ -67,12 +67,16 @@ def train(config_file: str | None, print_config: bool, debug: bool, **options: A
 @program.command(cls=GroupedHelp, context_settings=TOKENS)
 @train_options
 @click.option("--json", "as_json", is_flag=True, default=False, cls=GroupedOption, help="Print one JSON object.")
+@click.option(
+    "--measure", is_flag=True, default=False, cls=GroupedOption,
+    help="First measure what CUDA, NCCL and the libraries take on this machine's GPUs, and keep it.",
+)  # fmt: skip
 @debug_option
-def plan(config_file: str | None, as_json: bool, debug: bool, **options: Any) -> None:
+def plan(config_file: str | None, as_json: bool, measure: bool, debug: bool, **options: Any) -> None:
     """Show what a run would do, with its numbers, and start nothing."""
     from parallel_tune import commands
 
-    commands.plan(commands.read_config(config_file, given(options)), as_json)
+    commands.plan(commands.read_config(config_file, given(options)), as_json, measure)
 
 
 @program.command(
@@ -80,7 +84,7 @@ def plan(config_file: str | None, as_json: bool, debug: bool, **options: Any) ->
 )
 @some_train_options(
     "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
-    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir", "trace",
 )  # fmt: skip
 @click.option(
     "--model", "--model_name", default=None, cls=GroupedOption, group="Model",

@@ -26,10 +26,14 @@ def read_config(recipe: str | None, options: dict[str, Any]) -> TrainConfig:
     return make_config(read_yaml(Path(recipe)) if recipe else {}, options)
 
 
-def plan(config: TrainConfig, as_json: bool) -> None:
-    """Print the plan; exit code 3 if it does not fit."""
+def plan(config: TrainConfig, as_json: bool, measure: bool = False) -> None:
+    """Print the plan; exit code 3 if it does not fit.
+
+    Args:
+        measure: measure this machine's constants first, known or not.
+    """
     refusal.check_settings(config.strategy, config.device_map)
-    made, lines = decide(config, find_hardware(config))
+    made, lines = decide(config, find_hardware(config), "always" if measure else "never")
     if as_json:
         click.echo(made.to_json())
     else:
@@ -53,7 +57,7 @@ def train(config: TrainConfig) -> None:
             os.environ.pop(name, None)
     trackers.check_installed(config.report_to)
     hardware = find_hardware(config)
-    made, lines = decide(config, hardware, with_data=True)
+    made, lines = decide(config, hardware, "missing", with_data=True)
     for line in lines:
         click.echo(line)
     planning.require_fit(made, config.strategy)

@@ -80,6 +80,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "Training", "Gradient clipping.")
     optim: str = option("adamw_torch", "Training", "Optimizer, by its transformers name (adamw_8bit needs bitsandbytes).")
     seed: int = option(3407, "Training", "Seed of the data order and of dropout.")
+    trace: bool = option(False, "Training", "Count memory by running the model's own code on tensors without bytes: for an architecture that the closed form does not know, or to check it on one that it does.")
     cross_entropy: str = option("auto", "Training", "Loss path that the memory estimate counts.", choices=("auto", "plain", "fused"))
 
     output_dir: str | None = option(None, "Output", "Run directory; a new one under outputs/ if left out.", basic=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from parallel_tune import planning
+from parallel_tune import planning, tracing
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.known_rows import could_do_better, measure_rows
 from parallel_tune.launch import worker_argv
-from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.machine import When, kind_of_run, know
+from parallel_tune.memory.corrections import correct
+from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.lookup import load_model_config
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -22,21 +25,39 @@ def find_hardware(config: TrainConfig) -> Hardware:
     return parse_hardware(config.hardware) if config.hardware else probe(dict(os.environ))
 
 
-def decide(config: TrainConfig, hardware: Hardware, with_data: bool = False) -> tuple[Plan, list[str]]:
+def decide(
+    config: TrainConfig, hardware: Hardware, measure: When = "never", with_data: bool = False
+) -> tuple[Plan, list[str]]:
     """The plan and the lines to say before it.
 
     Args:
+        measure: when to measure this machine's constants; see `parallel_tune.machine`.
         with_data: read the dataset where the lengths of its rows may make another plan.
     """
+    machine = know(hardware, measure)
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
-    facts = load_model_facts(config.model)
-    plan = planning.make_plan(config, facts, engine, hardware, registry)
-    if with_data and _is_present(plan, hardware) and could_do_better(config, plan, len(hardware.devices)):
-        rows = measure_rows(config)
-        plan = planning.make_plan(config, facts, engine, hardware, registry, rows)
-    plan = replace(plan, launch=worker_argv(plan, "RUN_DIRECTORY"))
+    source, name = load_model_config(config.model)
+    facts = facts_from_config(source, name)
+    tracing.refuse_unknown(config, facts)
+    with tracing.process_for(config, facts, source) as process:
+        facts = process.facts if process is not None else facts
+        estimating = tracing.estimating_for(process, facts, machine.measured)
+        estimating = planning.cautious(estimating, machine.corrections, tracing.counted_by(process, facts))
+        plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+        if with_data and _is_present(plan, hardware) and could_do_better(config, plan, len(hardware.devices)):
+            rows = measure_rows(config)
+            plan = planning.make_plan(config, facts, engine, hardware, registry, estimating, rows)
+        if process is not None:
+            plan = tracing.with_traces(plan, config, process)
+    plan, learned = correct(plan, kind_of_run(config, plan), machine.corrections)
+    plan = replace(
+        plan,
+        launch=worker_argv(plan, "RUN_DIRECTORY"),
+        constants={name: asdict(constants) for name, constants in machine.measured.items()},
+        basis=(*machine.said, *learned, *plan.basis),
+    )
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()
     if not gpus and not config.hardware:

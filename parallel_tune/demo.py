@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from parallel_tune import rundir
+from parallel_tune.cache import cache_folder
 from parallel_tune.commands import start
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
@@ -58,8 +58,7 @@ def demo_config(model: Path, strategy: str, hardware: str | None, max_steps: int
 
 def default_model_dir() -> Path:
     """The user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "parallel-tune" / "SmolLM2-135M-Instruct"
+    return cache_folder() / "SmolLM2-135M-Instruct"
 
 
 def example_dataset() -> Path:

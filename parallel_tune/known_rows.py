@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel_tune.config import TrainConfig
-from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.sampler import GlobalBatches
+from strategies.base import Estimator
 from strategies.batching import DEFAULT_ACCUMULATION, DEFAULT_MICRO_BATCH
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part, Plan
 from strategies.errors import ConfigError
@@ -82,17 +83,19 @@ class RowsEstimator:
     """`strategies.base.Estimator` for rows of known lengths.
 
     Attributes:
-        full: the same for full rows.
+        estimating: makes the estimator for rows of one length.
+        settings: those of full rows.
     """
 
-    full: ClosedFormEstimator
+    estimating: Callable[[TrainingSettings], Estimator]
+    settings: TrainingSettings
     config: TrainConfig
     rows: KnownRows
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak: for the largest micro-batch where rows are joined, else for the longest row."""
         tokens = self.rows.longest
-        if self.full.settings.packed:
+        if self.settings.packed:
             tokens = self.rows.largest_micro_batch(self.config, arrangement.processes, arrangement.micro_batch)
             arrangement = replace(arrangement, micro_batch=1)
         return self._of(tokens).memory(part, arrangement, device)
@@ -103,10 +106,10 @@ class RowsEstimator:
 
     def host_seconds(self, part: Part, arrangement: Arrangement) -> float:
         """Host seconds of one micro-batch, which do not depend on its length."""
-        return self.full.host_seconds(part, arrangement)
+        return self.estimating(self.settings).host_seconds(part, arrangement)
 
-    def _of(self, tokens: int) -> ClosedFormEstimator:
-        return replace(self.full, settings=replace(self.full.settings, sequence_length=tokens))
+    def _of(self, tokens: int) -> Estimator:
+        return self.estimating(replace(self.settings, sequence_length=tokens))
 
 
 def measure_rows(config: TrainConfig) -> KnownRows:

@@ -108,6 +108,22 @@ def read_nvml() -> list[NvmlGpu]:
         pynvml.nvmlShutdown()
 
 
+def driver_version() -> str:
+    """NVIDIA's driver; "none" where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return "none"
+    except pynvml.NVMLError:
+        return "none"
+    try:
+        return _text(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _read(pynvml: Any, index: int) -> NvmlGpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)

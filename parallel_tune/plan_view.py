@@ -49,6 +49,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         "\n".join(_wrapped(_legend(plan), width)),
         "\n".join(line for text in facts(plan) for line in _wrapped(text, width, "  ")),
         _section("Why", plan.reasons, width),
+        _section("Figures", plan.basis, width),
         _section("Not taken", (f"{r.strategy}: {r.reason}" for r in plan.rejected), width),
         _section(
             "Any one of these would fit",
@@ -163,10 +164,23 @@ def facts(plan: Plan) -> Iterable[str]:
     else:
         why = f", since {plan.padded_reason}" if plan.padded_reason else ""
         yield f"padding        rows are padded to the longest of their micro-batch{why}"
+    traced = [device for device in plan.devices if device.traced_allocated_bytes is not None]
+    if traced:
+        yield "tensors traced " + "; ".join(_beside(device) for device in traced)
+    corrected = [device for device in plan.devices if device.corrected_peak_bytes is not None]
+    if corrected:
+        peaks = ", ".join(f"{gib(device.corrected_peak_bytes or 0)} on device {device.index}" for device in corrected)
+        yield f"corrected      {peaks}, by {max(d.past_runs for d in corrected)} past runs here; the peak above is raw"
     yield f"checkpointing  {CHECKPOINTING[plan.gradient_checkpointing]}"
     whose = "by the lengths of these rows" if plan.rows_known else "rows full"
     if plan.predicted_tokens_per_second > 0:
         yield f"speed          about {_rounded(plan.predicted_tokens_per_second)} tokens/s, {whose}"
+
+
+def _beside(device: DevicePlan) -> str:
+    traced, formula = device.traced_allocated_bytes or 0, device.closed_form_allocated_bytes or 0
+    off = f" ({formula / traced - 1:+.1%})" if traced else ""
+    return f"{traced / GIB:.2f} GiB on device {device.index}, {formula / GIB:.2f} by the closed form{off}"
 
 
 def _rounded(rate: float) -> str:

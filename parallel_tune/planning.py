@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from parallel_tune.capture import why_not_captured
 from parallel_tune.config import TrainConfig
-from parallel_tune.data.sizes import size_for
 from parallel_tune.engines import EngineName
 from parallel_tune.known_rows import KnownRows, RowsEstimator
 from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.lookup import load_model_facts
-from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
-from parallel_tune.sampler import GlobalBatches
 from strategies.base import Estimator
 from strategies.contracts import (
-    Arrangement,
     Checkpointing,
-    Device,
     Hardware,
-    MemoryEstimate,
-    Part,
     Plan,
     Suggestion,
     Workload,
@@ -38,26 +32,47 @@ from strategies.selector import closest_plan
 SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+Estimating = Callable[[TrainingSettings], Estimator]
+"""Settings to what estimates memory and time with them."""
+
+
+def closed_form(facts: ModelFacts, measured: Mapping[str, MachineConstants] | None = None) -> Estimating:
+    """The closed form of a model, with the constants that were measured for devices of these names."""
+    return lambda settings: ClosedFormEstimator(facts, settings, measured=measured or {})
+
+
+def cautious(estimating: Estimating, corrections: Corrections, estimate: str = "closed_form") -> Estimating:
+    """The same figures, with the room to leave that past runs on this machine teach.
+
+    Args:
+        estimate: what counts the memory; see `Plan.estimate`.
+    """
+    return lambda settings: CautiousEstimator(estimating(settings), settings, corrections, estimate)
+
+
 def make_plan(
     config: TrainConfig,
     facts: ModelFacts,
     engine: EngineName,
     hardware: Hardware,
     registry: StrategyRegistry,
+    estimating: Estimating | None = None,
     rows: KnownRows | None = None,
 ) -> Plan:
     """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
 
     Args:
+        estimating: the closed form if left out.
         rows: the training rows' lengths; without them all count as full.
 
     Raises:
         ConfigError: the settings contradict each other, the model or the hardware.
     """
-    plan = _plan(config, facts, engine, hardware, registry, rows)
+    estimating = estimating or closed_form(facts)
+    plan = _plan(config, facts, engine, hardware, registry, estimating, rows)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, rows))
+    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, estimating, rows))
 
 
 def _plan(
@@ -66,6 +81,7 @@ def _plan(
     engine: EngineName,
     hardware: Hardware,
     registry: StrategyRegistry,
+    estimating: Estimating,
     rows: KnownRows | None,
 ) -> Plan:
     strategy = config.strategy
@@ -75,12 +91,12 @@ def _plan(
     padding = decide_padding(config, facts, engine, hardware, dtype)
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
     work = replace(workload(config, facts, engine), capture=not uncaptured)
-    full = ClosedFormEstimator(facts, training_settings(config, engine, dtype, padding.free))
-    estimator: Estimator = full
+    settings = training_settings(config, engine, dtype, padding.free)
+    estimator = estimating(settings)
     if rows is not None:
         rows = rows.cut(config.max_seq_length)
         work = replace(work, sequence_length=round(rows.mean))
-        estimator = RowsEstimator(full, config, rows)
+        estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
     known = rows is not None
     plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
@@ -163,80 +179,13 @@ def training_settings(
     )
 
 
-@dataclass(frozen=True)
-class TrainedRows:
-    """The lengths of rows, as far as memory depends on them.
-
-    Attributes:
-        longest: tokens of the longest row.
-        largest_micro_batch: tokens of the largest micro-batch, padding not counted.
-        alike: all rows have one length.
-        padded_reason: why rows of a micro-batch are padded; None where they are joined.
-        sizes: tokens of the sizes at which steps are captured, ascending, up to the largest; none where they are not.
-    """
-
-    longest: int
-    largest_micro_batch: int
-    alike: bool
-    padded_reason: str | None
-    sizes: tuple[int, ...] = ()
-
-
-def trained_rows(
-    batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None, sizes: Sequence[int] = ()
-) -> TrainedRows:
-    """The lengths among the first `steps` steps of a run."""
-    sums = batches.largest_sums(steps, plan.processes)
-    largest = sums[min(plan.micro_batch, len(sums)) - 1]
-    return TrainedRows(
-        longest=batches.longest_row(steps),
-        largest_micro_batch=size_for(largest, sizes) or largest,
-        alike=len(set(batches.lengths)) == 1,
-        padded_reason=padded_reason,
-        sizes=tuple(size for size in sizes if size <= (size_for(largest, sizes) or 0)),
-    )
-
-
-def predict_for_rows(config: TrainConfig, plan: Plan, rows: TrainedRows) -> list[MemoryEstimate]:
-    """What each device of a plan needs for rows whose lengths are known.
-
-    The plan counts rows of the full sequence length, since it is made before the data is known; this is the figure to
-    hold against a measurement. Padded rows are all counted as long as the longest; of joined ones the sum counts.
-    """
-    padding_free = rows.padded_reason is None
-    facts = load_model_facts(config.model)
-    settings = training_settings(config, plan.engine, plan.dtype, padding_free)
-    settings = replace(settings, sequence_length=rows.largest_micro_batch if padding_free else rows.longest)
-    if rows.alike:
-        settings = replace(settings, attention_mask=False)  # rows of one length need none
-    # The eager pass that goes before a recording is kept beside it: that of a smaller size beside the largest.
-    estimator = ClosedFormEstimator(facts, settings, second_pass_tokens=rows.sizes[-2] if len(rows.sizes) > 1 else 0)
-    split = plan.processes == 1 and len(plan.devices) > 1
-    arrangement = Arrangement(
-        plan.processes,
-        1 if padding_free else plan.micro_batch,
-        plan.gradient_accumulation_steps,
-        plan.gradient_checkpointing,
-        lanes=plan.lanes,
-        stages=len(plan.devices) if split else 1,
-        captured=bool(rows.sizes),
-    )
-    last = facts.num_layers - 1
-    predicted = []
-    for item in plan.devices:
-        first, last = item.layers
-        part = Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
-        device = Device(item.index, item.name, item.kind, item.capacity_bytes, item.free_bytes)
-        predicted.append(estimator.memory(part, arrangement, device))
-    return predicted
-
-
 def _suggestions(
     config: TrainConfig,
     facts: ModelFacts,
     engine: EngineName,
     hardware: Hardware,
     registry: StrategyRegistry,
+    estimating: Estimating,
     rows: KnownRows | None,
 ) -> tuple[Suggestion, ...]:
     """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
@@ -244,7 +193,7 @@ def _suggestions(
 
     def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
         try:
-            plan = _plan(changed, facts, engine, devices, registry, rows)
+            plan = _plan(changed, facts, engine, devices, registry, estimating, rows)
         except ConfigError:
             return False
         if plan.fits:

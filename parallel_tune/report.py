@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel_tune import machine
 from parallel_tune.config import TrainConfig
-from parallel_tune.planning import TrainedRows, predict_for_rows
+from parallel_tune.prediction import TrainedRows
 from parallel_tune.rundir import RunDir, write_atomically
+from parallel_tune.tracing import predict_for_rows
 from strategies.base import Session
 from strategies.contracts import Plan
+from strategies.errors import ParallelTuneError
 
 if TYPE_CHECKING:
     from parallel_tune.callbacks import MetricsWriter
@@ -67,7 +71,13 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
-    predictions = predict_for_rows(config, plan, rows)
+    note: dict[str, str] = {}
+    try:
+        predictions = predict_for_rows(config, plan, rows)
+    except ParallelTuneError as error:
+        # The run is done, and its report is worth more than one prediction.
+        predictions = [device.memory for device in plan.devices]
+        note = {"prediction_note": f"the plan's own, for full rows, since: {error.message}"}
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,
@@ -89,6 +99,7 @@ def write(
         "largest_micro_batch_tokens": rows.largest_micro_batch,
         "padding_free": rows.padded_reason is None,
         "padded_reason": rows.padded_reason,
+        **note,
         "devices": [
             {
                 "index": device.index,
@@ -106,6 +117,11 @@ def write(
     if timeline:
         write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
+    try:
+        machine.remember(plan, body, config, f"{run.path} {time.time():.0f}")
+    except Exception as error:  # a cache that cannot be written, a driver that does not answer
+        # A lesson lost; the run and its report stand.
+        print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
 
 
 def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:

@@ -103,8 +103,9 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.data_part import describe_data
     from parallel_tune.gathering import choose_gathering
-    from parallel_tune.planning import predict_for_rows, trained_rows
+    from parallel_tune.prediction import trained_rows
     from parallel_tune.sampler import GlobalBatches
+    from parallel_tune.tracing import predict_for_rows
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
 

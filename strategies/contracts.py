@@ -143,6 +143,7 @@ class MemoryEstimate:
         buffers_bytes: gradient buckets and other live tensors of the strategy.
         context_bytes: CUDA context, NCCL and library workspaces, outside the tensor allocator.
         reserve_bytes: what the allocator holds beyond live tensors.
+        caution_bytes: what past runs used beyond the prediction; no part of the peak, but room that a plan must leave.
     """
 
     weights_bytes: int
@@ -155,6 +156,7 @@ class MemoryEstimate:
     context_bytes: int = 0
     reserve_bytes: int = 0
     phase: str = ""
+    caution_bytes: int = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -174,6 +176,11 @@ class MemoryEstimate:
         """What the device shows in use at the peak."""
         return self.allocated_bytes + self.context_bytes + self.reserve_bytes
 
+    @property
+    def needed_bytes(self) -> int:
+        """What must be usable for this to fit."""
+        return self.peak_bytes + self.caution_bytes
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -185,7 +192,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """One device of a plan. `layers` is [first, last]; `memory` says what fills it at the peak."""
+    """One device of a plan. `layers` is [first, last]; `memory` says what fills it at the peak.
+
+    Attributes:
+        corrected_peak_bytes: the predicted peak and what past runs here used beyond theirs; None without such runs.
+        past_runs: how many they are.
+        traced_allocated_bytes, closed_form_allocated_bytes: live tensors of the same step by either count, where a
+            trace was asked for; without the libraries' workspaces.
+    """
 
     index: int
     name: str
@@ -196,6 +210,10 @@ class DevicePlan:
     predicted_peak_bytes: int
     layers: tuple[int, int]
     memory: MemoryEstimate
+    corrected_peak_bytes: int | None = None
+    past_runs: int = 0
+    traced_allocated_bytes: int | None = None
+    closed_form_allocated_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +247,9 @@ class Plan:
         rows_known: memory and speed are those of the run's own rows; else all rows count as full.
         padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
+        estimate: what counted the memory, "closed_form" or "trace".
+        constants: what was measured on this machine, by the devices' names; others have the built-in constants.
+        basis: for people, what the figures rest on.
     """
 
     strategy: str
@@ -253,6 +274,9 @@ class Plan:
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     launch: tuple[str, ...] = ()
+    estimate: str = "closed_form"
+    constants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    basis: tuple[str, ...] = ()
 
     @property
     def visible(self) -> tuple[int, ...]:
@@ -290,6 +314,7 @@ class Plan:
                 rejected=tuple(Rejection(**r) for r in raw.pop("rejected")),
                 suggestions=tuple(Suggestion(**s) for s in raw.pop("suggestions")),
                 launch=tuple(raw.pop("launch")),
+                basis=tuple(raw.pop("basis", ())),
                 **raw,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:

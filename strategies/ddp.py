@@ -20,7 +20,7 @@ from strategies.candidate import (
 from strategies.contracts import Arrangement, Device, Hardware, Part, Plan, Verdict, Workload
 from strategies.devices import device_sets, unequal_speed
 from strategies.errors import ConfigError
-from strategies.fit import gib, usable_bytes
+from strategies.fit import gib, need, usable_bytes
 from strategies.placement import Stage
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _settle(contradiction: ConfigError, workload: Workload, hardware: Hardware, 
 def _reason(chosen: Candidate) -> str:
     fullest = max(chosen.stages, key=lambda stage: stage.fullness)
     device = fullest.device
-    needs = f"a replica needs {gib(fullest.memory.peak_bytes)} a {noun(device)} {chosen.how}"
+    needs = f"a replica needs {need(fullest.memory)} a {noun(device)} {chosen.how}"
     room = f"{gib(device.free_bytes)} free, {gib(usable_bytes(device))} of it usable"
     if not chosen.fits:
         return f"{needs}; the largest {noun(device)}, device {device.index} ({device.name}), has {room}"

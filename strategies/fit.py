@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from strategies.contracts import Device, DevicePlan
+from strategies.contracts import Device, DevicePlan, MemoryEstimate
 
 SAFETY_MARGIN = 0.03
 """Share of the free memory that no plan touches.
@@ -32,15 +32,21 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
+def need(memory: MemoryEstimate) -> str:
+    """What an estimate needs, in words: the predicted peak, and what past runs teach to leave beside it."""
+    more = f" (and {gib(memory.caution_bytes)} that past runs here used beyond theirs)" if memory.caution_bytes else ""
+    return gib(memory.peak_bytes) + more
+
+
 def shortfall_bytes(device: DevicePlan) -> int:
     """Bytes by which a planned device is too small; 0 where it fits."""
-    return max(0, device.predicted_peak_bytes - usable_bytes(device))
+    return max(0, device.memory.needed_bytes - usable_bytes(device))
 
 
 def shortfall_lines(devices: Sequence[DevicePlan]) -> tuple[str, ...]:
     """A sentence for each device that is too small for its share of the plan."""
     return tuple(
-        f"device {device.index} ({device.name}) needs {gib(device.predicted_peak_bytes)} and has "
+        f"device {device.index} ({device.name}) needs {need(device.memory)} and has "
         f"{gib(usable_bytes(device))} usable, {gib(shortfall_bytes(device))} short"
         for device in devices
         if shortfall_bytes(device) > 0

@@ -10,7 +10,7 @@ from strategies.batching import batching
 from strategies.candidate import Candidate, checkpointing_choices, choose, left_out_reasons, noun, to_plan
 from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Plan, Verdict, Workload
 from strategies.devices import device_sets, staged, unequal_speed
-from strategies.fit import gib, usable_bytes
+from strategies.fit import gib, need, usable_bytes
 from strategies.placement import Stage, StageCosts, best_order, fullest, place_by_memory, place_by_time, slowest
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ def _reasons(chosen: Candidate) -> tuple[str, ...]:
     full = max(stages, key=lambda stage: stage.fullness)
     kind = noun(full.device)
     over = f"split over {len(stages)} {kind}s" if len(stages) > 1 else f"whole on one {kind}"
-    need = sum(stage.memory.peak_bytes for stage in stages)
+    total = sum(stage.memory.peak_bytes for stage in stages)
     what = (
-        f"{over} the model needs {gib(need)} in all {chosen.how}; the fullest, device {full.device.index} "
-        f"({full.device.name}), needs {gib(full.memory.peak_bytes)} and has {gib(full.device.free_bytes)} free, "
+        f"{over} the model needs {gib(total)} in all {chosen.how}; the fullest, device {full.device.index} "
+        f"({full.device.name}), needs {need(full.memory)} and has {gib(full.device.free_bytes)} free, "
         f"{gib(usable_bytes(full.device))} of it usable"
     )
     m, lanes = chosen.arrangement.gradient_accumulation_steps, chosen.arrangement.lanes

@@ -36,8 +36,8 @@ class Stage:
 
     @property
     def fullness(self) -> float:
-        """Predicted peak over usable memory."""
-        return fullness(self.memory.peak_bytes, self.device)
+        """What it needs over usable memory."""
+        return fullness(self.memory.needed_bytes, self.device)
 
     @property
     def fits(self) -> bool:
@@ -59,8 +59,8 @@ class StageCosts:
         key = (layers, embedding, head, replace(device, index=0))
         if key not in self._fullness:
             part = self._sample_part(layers, embedding, head)
-            peak = self._estimate.memory(part, self._arrangement, device).peak_bytes
-            self._fullness[key] = fullness(peak, device)
+            needed = self._estimate.memory(part, self._arrangement, device).needed_bytes
+            self._fullness[key] = fullness(needed, device)
         return self._fullness[key]
 
     def seconds(self, layers: int, embedding: bool, head: bool, device: Device) -> float:

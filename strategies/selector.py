@@ -76,7 +76,7 @@ WOULD_FIT = "would fit"
 
 def _total_shortfall(plan: Plan) -> float:
     # Relative to what each device has, so that a plan over many cards is not worse for being over many.
-    return max(device.predicted_peak_bytes / max(1, device.free_bytes) for device in plan.devices)
+    return max(device.memory.needed_bytes / max(1, device.free_bytes) for device in plan.devices)
 
 
 def _rejection(plan: Plan, chosen: Plan, auto: bool = True) -> Rejection:

@@ -124,7 +124,7 @@ def measured(facts: ModelFacts, row: dict[str, Any], part: Part, arrangement: Ar
     """max_memory_allocated of a real second step, less what was allocated before (cuBLAS workspaces)."""
     import torch
 
-    from parallel_tune.memory.trace import TrainingStep
+    from parallel_tune.memory.training_step import TrainingStep
 
     ones = torch.ones(64, 64, device="cuda", requires_grad=True)
     (ones @ ones).sum().backward()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+from parallel_tune.cache import cache_folder
 from parallel_tune.config import TrainConfig
 from strategies.base import Session
 from strategies.contracts import Plan
@@ -17,12 +17,7 @@ class UnslothEngine:
     def prepare(self) -> None:
         # Ranks that compile into one folder race; Unsloth's default lies in the working directory.
         rank = os.environ.get("RANK", "0")
-        cache = (
-            Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-            / "parallel-tune"
-            / "unsloth"
-            / f"rank-{rank}"
-        )
+        cache = cache_folder() / "unsloth" / f"rank-{rank}"
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache))
         os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from parallel_tune.memory import speed
 from parallel_tune.memory.captured import GRADIENT_COPIES, captured_settings, returned_loss_bytes
@@ -24,7 +24,8 @@ class ClosedFormEstimator:
     """`strategies.base.Estimator` for one model and its settings.
 
     Attributes:
-        constants: the machine's own; None for the documented defaults of the device's kind.
+        constants: of every device; None for `measured`, and where that has none for the kind's documented defaults.
+        measured: constants that were measured on this machine, by the device's name.
         second_pass_tokens: of a captured run, tokens of the eager pass whose memory is kept beside the recordings';
             None for as many as the largest pass has, the most that there can be.
     """
@@ -32,12 +33,18 @@ class ClosedFormEstimator:
     facts: ModelFacts
     settings: TrainingSettings
     constants: MachineConstants | None = None
+    measured: Mapping[str, MachineConstants] = field(default_factory=dict)
     second_pass_tokens: int | None = None
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak on the device that holds `part`: the largest of the phases."""
         peak = max(self.phases(part, arrangement), key=lambda phase: phase.allocated_bytes)
-        constants = self.constants or (CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS)
+        return self.on_device(peak, part, arrangement, device)
+
+    def on_device(self, peak: MemoryEstimate, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
+        """Live tensors at the peak, with what the machine adds to them."""
+        built_in = CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS
+        constants = self.constants or self.measured.get(device.name, built_in)
         peak = replace(peak, buffers_bytes=peak.buffers_bytes + constants.workspace_bytes)
         context = constants.context_bytes + (constants.nccl_bytes if arrangement.processes > 1 else 0)
         scratch = constants.nf4_scratch_bytes if self.settings.load_in_4bit else 0
@@ -60,7 +67,7 @@ class ClosedFormEstimator:
 
     def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
         """The caching allocator's own: freed blocks that no later tensor fitted into."""
-        reserve = int(allocated * constants.reserve_fraction)
+        reserve = max(int(allocated * constants.reserve_fraction), constants.segment_bytes)
         if not part.head or self.settings.cross_entropy == "fused":
             return reserve
         logits = arrangement.micro_batch * self.settings.sequence_length * self.facts.vocab_size

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from parallel_tune.memory.anatomy import anatomy
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import ALL_LINEAR
 from parallel_tune.memory.settings import TrainingSettings
@@ -121,6 +122,22 @@ def cut_to(facts: ModelFacts, layers: tuple[int, ...]) -> ModelFacts:
     )
 
 
+def cut_config(own: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+    """A model's own config for as many layers as the facts have; what lists a value a layer is shortened."""
+    whole = own["num_hidden_layers"]
+    values = {key: value for key, value in own.items() if key not in NOT_OF_A_CUT_MODEL}
+    values = {
+        key: value[: facts.num_layers] if isinstance(value, list) and len(value) == whole else value
+        for key, value in values.items()
+    }
+    values["num_hidden_layers"] = facts.num_layers
+    if own.get("layer_types"):
+        values["layer_types"] = [
+            "sliding_attention" if i in facts.windowed_layers else "full_attention" for i in range(facts.num_layers)
+        ]
+    return values
+
+
 def build_model(
     facts: ModelFacts,
     settings: TrainingSettings,
@@ -134,12 +151,11 @@ def build_model(
 
     Args:
         facts: the model, already cut to the layers of the part.
-        overrides: the model's own config, for what the facts do not carry (an architecture unknown to the closed form).
+        overrides: the model's own config, where the facts do not carry all (an architecture that they do not describe).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = {**(overrides or {}), **((overrides or {}).get("text_config") or {})}
-    values = {**{key: value for key, value in own.items() if key not in NOT_OF_A_CUT_MODEL}, **config_values(facts)}
+    values = cut_config(overrides, facts) if overrides else config_values(facts)
     if part.embedding is not part.head:
         values["tie_word_embeddings"] = False
     config = AutoConfig.for_model(**values)
@@ -149,13 +165,14 @@ def build_model(
         warnings.simplefilter("ignore")
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         _quieten_router(model)
+        names = anatomy(model, facts.num_layers)
         if not part.embedding:
-            model.model.embed_tokens.weight = torch.nn.Parameter(torch.empty(0, dtype=dtype))
+            model.get_input_embeddings().weight = torch.nn.Parameter(torch.empty(0, dtype=dtype))
         if not part.head:
-            model.model.norm = torch.nn.Identity()
-            model.lm_head = torch.nn.Identity()
+            for name in (*names.tail, names.head):
+                model.set_submodule(name, torch.nn.Identity())
         if settings.load_in_4bit:
-            _quantise(model, getattr(torch, settings.compute_dtype))
+            _quantise(model.get_submodule(names.layers), getattr(torch, settings.compute_dtype))
         model.train()
         if settings.method == "lora":
             model = _with_adapters(model, settings)
@@ -184,8 +201,8 @@ def _quieten_router(model: Any) -> None:
         model.config._experts_implementation = "grouped_mm"
 
 
-def _quantise(model: Any, dtype: torch.dtype) -> None:
-    for layer in model.model.layers:
+def _quantise(layers: Any, dtype: torch.dtype) -> None:
+    for layer in layers:
         for name, module in list(layer.named_modules()):
             if type(module) is torch.nn.Linear:
                 parent, _, leaf = name.rpartition(".")
@@ -195,7 +212,11 @@ def _quantise(model: Any, dtype: torch.dtype) -> None:
 def _with_adapters(model: Any, settings: TrainingSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = ALL_LINEAR if ALL_LINEAR in settings.lora_targets else list(settings.lora_targets)
+    targets: str | list[str] = list(settings.lora_targets)
+    if ALL_LINEAR in settings.lora_targets:
+        # peft looks for linears by their class, and would not see the counted ones.
+        counted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, CountedLinear4bit)}
+        targets = sorted(counted) or ALL_LINEAR
     config = LoraConfig(
         r=settings.lora_rank, target_modules=targets, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM"
     )

@@ -20,7 +20,14 @@ QUANTIZED_SUFFIXES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 
 
 def load_model_facts(model: str, *, revision: str | None = None, offline: bool | None = None) -> ModelFacts:
-    """The facts of a model given as a folder or as a Hub name.
+    """The facts of a model given as a folder or as a Hub name; see `load_model_config`."""
+    return facts_from_config(*load_model_config(model, revision=revision, offline=offline))
+
+
+def load_model_config(
+    model: str, *, revision: str | None = None, offline: bool | None = None
+) -> tuple[dict[str, Any], str]:
+    """The config.json of a model given as a folder or as a Hub name, and what to call it in an error.
 
     Looked at, in turn: the folder's config.json; the Hub cache; the catalogue; the Hub itself. A name that the
     catalogue knows never costs a request.
@@ -37,23 +44,23 @@ def load_model_facts(model: str, *, revision: str | None = None, offline: bool |
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"{model} is a folder without a config.json", "Give the folder that holds the model.")
-        return facts_from_config(_read(path), str(path))
+        return _read(path), str(path)
     looked_at = ["a local folder", f"the Hub cache {hub_cache()}"]
     cached = _cached_config(model, revision or "main")
     if cached is not None:
-        return facts_from_config(_read(cached), str(cached))
+        return _read(cached), str(cached)
     if revision is None:
         looked_at.append("the catalogue")
         config, quantized = catalog_config(model)
         if config is not None:
-            return facts_from_config({**config, **_quantization(quantized)}, f"the catalogue's {model}")
+            return {**config, **_quantization(quantized)}, f"the catalogue's {model}"
     hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
     offline = _offline() if offline is None else offline
     reason = "offline" if offline else "not a Hub name"
     if hub_name and not offline:
         looked_at.append("the Hub")
         try:
-            return facts_from_config(_hub_config(model, revision), f"config.json of {model}")
+            return _hub_config(model, revision), f"config.json of {model}"
         except ConfigError:
             raise
         except Exception as error:  # requests, httpx and huggingface_hub each have a family of their own

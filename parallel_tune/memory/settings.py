@@ -107,6 +107,7 @@ class MachineConstants:
             then split the freed logits' blocks, and the next loss needs new ones. Never more than half of the loss.
         nf4_scratch_bytes: what bitsandbytes holds beside the tensors that the formulas count.
         workspace_bytes: cuBLAS workspaces, which the tensor allocator does see.
+        segment_bytes: what the allocator takes at least beyond live tensors, since it takes memory in whole segments.
     """
 
     context_bytes: int
@@ -116,6 +117,7 @@ class MachineConstants:
     workspace_bytes: int = 0
     loss_reserve_logits: float = 0.0
     checkpointed_loss_reserve_bytes: int = 0
+    segment_bytes: int = 0
 
 
 CUDA_DEFAULTS = MachineConstants(

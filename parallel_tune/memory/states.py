@@ -113,17 +113,21 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
     return part_parameters(facts, part).total - outside, small
 
 
+def optimizer_state_bytes(optimizer: Optimizer, trainable: int, small: int, element_bytes: int) -> int:
+    """Moments of so many trainable elements, of which `small` are in tensors too small for 8-bit states."""
+    if not optimizer.eight_bit:
+        return optimizer.states * trainable * element_bytes
+    large = trainable - small
+    return optimizer.states * (large + 4 * math.ceil(large / BNB_8BIT_BLOCK) + 4 * small)
+
+
 @lru_cache(maxsize=8192)
 def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:
     """Weights, adapters, gradients and optimizer states of a part; torch keeps moments in the parameter's dtype."""
     optimizer = optimizer_named(settings.optimizer)
     trainable, small = trainable_sizes(facts, settings, part)
     element = settings.adapter_bytes if settings.method == "lora" else settings.weight_bytes
-    if optimizer.eight_bit:
-        large = trainable - small
-        states = optimizer.states * (large + 4 * math.ceil(large / BNB_8BIT_BLOCK) + 4 * small)
-    else:
-        states = optimizer.states * trainable * element
+    states = optimizer_state_bytes(optimizer, trainable, small, element)
     return StateBytes(
         weights_bytes=weight_bytes(part_parameters(facts, part), settings),
         adapters_bytes=trainable * element if settings.method == "lora" else 0,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
-
-import torch
 
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.fake_model import build_model, cut_to
+from parallel_tune.memory.fake_model import cut_to
 from parallel_tune.memory.settings import TrainingSettings
-from parallel_tune.memory.tracker import LiveBytes
+from parallel_tune.memory.training_step import TrainingStep, as_on_a_gpu
 from strategies.contracts import Arrangement, Part
 
 
@@ -24,47 +21,92 @@ def trace_peak(
     overrides: Mapping[str, Any] | None = None,
 ) -> int:
     """Bytes of live tensors at the peak of a training step through `part`."""
-    return max(trace_phases(facts, settings, part, arrangement, overrides).values())
+    return max(Tracer(facts, settings, overrides).phases(part, arrangement).values())
 
 
-def trace_phases(
-    facts: ModelFacts,
-    settings: TrainingSettings,
-    part: Part,
-    arrangement: Arrangement,
-    overrides: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """The peak of each phase. Every layer in the middle of a stack costs a phase the same, for its kind; so a stack of
-    the first and the last layer, and one with a layer of each kind between them, say what the whole stack costs.
+@dataclass(frozen=True)
+class Trace:
+    """What one traced step held.
 
-    Modules outside the text model (a vision tower) are not run; their weights are added.
+    Attributes:
+        phases: the peak of each phase, in bytes.
+        kept: bytes by what they are: "weights" (frozen, or all in full training), "adapters", "gradients",
+            "optimizer", and "stored", what a micro-batch leaves for its backward pass in a part without the head; and
+            trainable elements, "trainable" and those in tensors "small" enough to keep float32 moments.
     """
-    layers = tuple(range(part.first_layer, part.last_layer + 1))
-    first, last = layers[0], layers[-1]
 
-    def trace(chosen: tuple[int, ...]) -> dict[str, int]:
-        return trace_layers(facts, settings, part, arrangement, chosen, overrides)
+    phases: Mapping[str, int]
+    kept: Mapping[str, int]
 
-    base = trace((first, last) if len(layers) > 1 else layers)
-    kinds: dict[tuple[bool, bool], list[int]] = {}
-    for layer in layers[1:-1]:
-        kinds.setdefault((layer in facts.windowed_layers, facts.is_mixture(layer)), []).append(layer)
-    deeper = {kind: trace((first, members[0], last)) for kind, members in kinds.items()}
-    phases = {
-        phase: peak + sum(len(kinds[kind]) * (deep[phase] - peak) for kind, deep in deeper.items())
-        for phase, peak in base.items()
-    }
-    # In the middle, each layer below costs what it stores, and each one above what it leaves behind.
-    for kind, deep in deeper.items():
-        for layer in (kinds[kind][0], kinds[kind][-1]):
-            beside = [(other, k) for k, members in kinds.items() for other in members if other != layer]
-            phases[f"backward_{layer}"] = deep["backward_middle"] + sum(
-                deeper[k][phase] - base[phase]
-                for other, k in beside
-                for phase in ("backward_top" if other < layer else "backward_bottom",)
-            )
-    outside = facts.extra_parameters * settings.weight_bytes if part.embedding else 0
-    return {phase: peak + outside for phase, peak in phases.items()}
+
+class Tracer:
+    """Traces of one model under one set of settings; each stack of layers is traced once."""
+
+    def __init__(
+        self, facts: ModelFacts, settings: TrainingSettings, overrides: Mapping[str, Any] | None = None
+    ) -> None:
+        self.facts, self.settings, self.overrides = facts, settings, overrides
+        self._known: dict[tuple[Any, ...], Trace] = {}
+
+    def phases(self, part: Part, arrangement: Arrangement) -> dict[str, int]:
+        """The peak of each phase. Every layer in the middle of a stack costs a phase the same, for its kind; so a stack
+        of the first and the last layer, and one with a layer of each kind between them, say what the whole stack costs.
+
+        Modules outside the text model (a vision tower) are not run; their weights are added.
+        """
+        base, deeper, kinds = self._stacks(part, arrangement)
+        phases = {
+            phase: peak + sum(len(kinds[kind]) * (deep.phases[phase] - peak) for kind, deep in deeper.items())
+            for phase, peak in base.phases.items()
+        }
+        # In the middle, each layer below costs what it stores, and each one above what it leaves behind.
+        for kind, deep in deeper.items():
+            for layer in (kinds[kind][0], kinds[kind][-1]):
+                beside = [(other, k) for k, members in kinds.items() for other in members if other != layer]
+                phases[f"backward_{layer}"] = deep.phases["backward_middle"] + sum(
+                    deeper[k].phases[phase] - base.phases[phase]
+                    for other, k in beside
+                    for phase in ("backward_top" if other < layer else "backward_bottom",)
+                )
+        outside = self._outside_bytes(part)
+        return {phase: peak + outside for phase, peak in phases.items()}
+
+    def kept(self, part: Part, arrangement: Arrangement) -> dict[str, int]:
+        """What a step keeps, by what it is; see `Trace`."""
+        base, deeper, kinds = self._stacks(part, arrangement)
+        kept = {
+            name: size + sum(len(kinds[kind]) * (deep.kept[name] - size) for kind, deep in deeper.items())
+            for name, size in base.kept.items()
+        }
+        return {**kept, "weights": kept["weights"] + self._outside_bytes(part)}
+
+    def _outside_bytes(self, part: Part) -> int:
+        return self.facts.extra_parameters * self.settings.weight_bytes if part.embedding else 0
+
+    def _stacks(
+        self, part: Part, arrangement: Arrangement
+    ) -> tuple[Trace, dict[tuple[bool, bool], Trace], dict[tuple[bool, bool], list[int]]]:
+        """The shortest stack, one with a middle layer of each kind, and the layers of each kind."""
+        layers = tuple(range(part.first_layer, part.last_layer + 1))
+        first, last = layers[0], layers[-1]
+        base = self._trace(part, arrangement, (first, last) if len(layers) > 1 else layers)
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for layer in layers[1:-1]:
+            kinds.setdefault((layer in self.facts.windowed_layers, self.facts.is_mixture(layer)), []).append(layer)
+        deeper = {kind: self._trace(part, arrangement, (first, members[0], last)) for kind, members in kinds.items()}
+        return base, deeper, kinds
+
+    def _trace(self, part: Part, arrangement: Arrangement, layers: tuple[int, ...]) -> Trace:
+        """Counted on fake tensors, in a model that has only these layers; what cannot matter is left out of the key."""
+        facts = cut_to(self.facts, layers)
+        steps, checkpointed = min(2, arrangement.gradient_accumulation_steps), arrangement.gradient_checkpointing
+        alike = Arrangement(
+            min(2, arrangement.processes), arrangement.micro_batch, steps, "none" if checkpointed == "none" else "full"
+        )
+        key = (facts, part.embedding, part.head, alike)
+        if key not in self._known:
+            self._known[key] = trace_layers(facts, self.settings, part, alike, self.overrides)
+        return self._known[key]
 
 
 def trace_layers(
@@ -72,144 +114,12 @@ def trace_layers(
     settings: TrainingSettings,
     part: Part,
     arrangement: Arrangement,
-    layers: tuple[int, ...],
     overrides: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """The peak of each phase in a model that has only these layers, counted on fake tensors."""
+) -> Trace:
+    """One traced step of a model of a few layers, all of which `part` holds."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu():
-        step = TrainingStep(cut_to(facts, layers), settings, part, arrangement, overrides)
-        return step.peaks_bytes()
-
-
-class TrainingStep:
-    """One optimizer step as the Trainer takes it, on the tensors of the surrounding mode."""
-
-    def __init__(
-        self,
-        facts: ModelFacts,
-        settings: TrainingSettings,
-        part: Part,
-        arrangement: Arrangement,
-        overrides: Mapping[str, Any] | None = None,
-        device: str = "cpu",
-    ) -> None:
-        self.facts, self.settings, self.part, self.arrangement = facts, settings, part, arrangement
-        self.device = torch.device(device)
-        self.model: Any = build_model(facts, settings, part, self.device, overrides)
-        if arrangement.gradient_checkpointing != "none":
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            if settings.method == "lora" and part.embedding:
-                # TRL does so for adapters; the embedding's output then keeps a gradient of its own.
-                self.model.enable_input_require_grads()
-        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.trainable, settings)
-        self.tracker = LiveBytes()
-
-    def peaks_bytes(self) -> dict[str, int]:
-        """Peaks of the second step: the first one makes the optimizer's states."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        for module in self.model.modules():
-            tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-        with self.tracker:
-            self.tracker.count(tensors)
-            self._mark_phases()
-            self.take()
-            self.tracker.reset()
-            self.take()
-        return dict(self.tracker.peaks_bytes)
-
-    def take(self) -> None:
-        micro_steps = min(2, self.arrangement.gradient_accumulation_steps)
-        for _ in range(micro_steps):
-            self.tracker.enter_phase("forward")
-            self._micro_step()
-        self.tracker.enter_phase("optimizer")
-        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
-        self.optimizer.step()
-        # DDP's buckets outlive the step, and gradients are views into them.
-        self.optimizer.zero_grad(set_to_none=self.arrangement.processes == 1)
-
-    def _micro_step(self) -> None:
-        shape = (self.arrangement.micro_batch, self.settings.sequence_length)
-        inputs = self._inputs(shape)
-        dtype = getattr(torch, self.settings.compute_dtype)
-        autocast = torch.autocast(self.device.type, dtype) if self.settings.autocast else contextlib.nullcontext()
-        if not self.part.head:
-            with autocast:
-                hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
-            gradient = torch.empty_like(hidden)
-            hidden.backward(gradient)
-            return
-        self._loss(inputs, shape, autocast).backward()  # type: ignore[no-untyped-call]
-
-    def _loss(
-        self, inputs: dict[str, torch.Tensor], shape: tuple[int, int], autocast: contextlib.AbstractContextManager[Any]
-    ) -> torch.Tensor:
-        labels = torch.zeros(shape, dtype=torch.long, device=self.device)
-        count = torch.ones((), dtype=torch.long, device=self.device)
-        with autocast:
-            outputs = self.model(**inputs, labels=labels, num_items_in_batch=count, use_cache=False)
-        outputs.logits = outputs.logits.float()  # accelerate does so to all outputs of a 16-bit run
-        loss: torch.Tensor = outputs.loss
-        return loss
-
-    def _inputs(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        inputs: dict[str, torch.Tensor] = {}
-        if self.part.embedding:
-            inputs["input_ids"] = torch.zeros(shape, dtype=torch.long, device=self.device)
-        else:
-            dtype = getattr(torch, self.settings.compute_dtype)
-            inputs["inputs_embeds"] = torch.zeros(
-                (*shape, self.facts.hidden_size), dtype=dtype, device=self.device, requires_grad=True
-            )
-        if self.settings.masked(shape[0]):
-            # The finished mask: how it is made depends on values, which fake tensors have none of.
-            square = (shape[0], 1, shape[1], shape[1])
-            inputs["attention_mask"] = torch.ones(square, dtype=torch.bool, device=self.device)
-        return inputs
-
-    def _mark_phases(self) -> None:
-        layers = self.model.model.layers
-        last = len(layers) - 1
-
-        def name_of(index: int) -> str:
-            if index == 0:
-                return "backward_bottom"
-            return "backward_top" if index == last else "backward_middle"
-
-        def mark(index: int) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                if hidden.requires_grad and torch._C._current_graph_task_id() == -1:
-                    hidden.register_hook(lambda _gradient: self.tracker.enter_phase(name_of(index)))
-
-            return hook
-
-        for index, layer in enumerate(layers):
-            layer.register_forward_hook(mark(index))
-        if self.part.head:
-            self.model.lm_head.register_forward_pre_hook(lambda *_: self.tracker.enter_phase("cross_entropy"))
-
-
-@contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """transformers takes fake tensors for a compiler's and then makes masks that a run does not make; peft's 4-bit
-    layer asks for CUDA's autocast by name, whatever the device."""
-    from transformers import masking_utils
-
-    enabled = torch.is_autocast_enabled
-    with (
-        mock.patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device)),
-        mock.patch.object(masking_utils, "is_tracing", lambda *_: False),
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_: None),
-    ):
-        yield
-
-
-def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """torch's AdamW, by the implementation that CUDA would take."""
-    if settings.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
+        step = TrainingStep(facts, settings, part, arrangement, overrides)
+        phases = step.peaks_bytes()
+        return Trace(phases, step.kept())

@@ -14,7 +14,8 @@ from parallel_tune.config import TrainConfig, make_config
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, measure_rows
 from parallel_tune.memory.lookup import load_model_facts
-from parallel_tune.planning import TrainedRows, make_plan, predict_for_rows
+from parallel_tune.planning import make_plan
+from parallel_tune.prediction import TrainedRows, predict_for_rows
 from parallel_tune.sampler import GlobalBatches
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -59,12 +60,12 @@ ALPACA = KnownRows([40 + 3 * (number % 30) for number in range(3000)])
 def plan_of(rows: KnownRows | None, hardware: str = "1xH100-80GB", **options: Any) -> tuple[TrainConfig, Plan]:
     config = make_config({"model": MODEL, **options})
     facts = load_model_facts(MODEL)
-    return config, make_plan(config, facts, "unsloth", parse_hardware(hardware), load_registry(), rows)
+    return config, make_plan(config, facts, "unsloth", parse_hardware(hardware), load_registry(), rows=rows)
 
 
 def test_short_rows_go_together_and_are_not_recomputed() -> None:
     config, full = plan_of(None, "1xRTX3090-24GB", global_batch_size=4)
-    assert full.gradient_checkpointing != "none" and full.micro_batch == 1
+    assert full.gradient_checkpointing != "none" and not full.captured
     assert could_do_better(config, full, 1)
     _, known = plan_of(ALPACA, "1xRTX3090-24GB", global_batch_size=4)
     assert (known.micro_batch, known.gradient_accumulation_steps, known.gradient_checkpointing) == (4, 1, "none")

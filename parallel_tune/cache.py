@@ -1,0 +1,36 @@
+"""The user's cache folder, and small JSON files in it that several processes may read and write at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel_tune.outcome import write_atomically
+
+
+def cache_folder() -> Path:
+    """Where parallel-tune keeps what it need not find out twice."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "parallel-tune"
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file, or nothing in it that can be read as one."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object so that a reader sees all of it or none.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

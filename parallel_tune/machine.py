@@ -1,0 +1,160 @@
+"""What is known of this machine beyond its devices' names: its constants, measured here or built in, and said which."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import click
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.gpus import known_gpu, plain
+from parallel_tune.hardware import probe_details
+from parallel_tune.memory import constants, corrections
+from parallel_tune.memory.constants import Measured, NotMeasured
+from parallel_tune.memory.corrections import Corrections
+from parallel_tune.memory.machine_key import MachineKey, machine_key
+from parallel_tune.memory.settings import MachineConstants
+from parallel_tune.nvml import MIB, driver_version, read_nvml
+from strategies.contracts import Hardware, Plan
+from strategies.errors import ConfigError, RunFailed
+
+BUILT_IN = "built in (from one NVIDIA H200; NCCL is assumed)"
+
+When = Literal["never", "missing", "always"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan takes from the machine.
+
+    Attributes:
+        keys: of each GPU model that is here, by the devices' names; empty for declared devices and for a CPU.
+        measured: constants by the devices' names; a name that is missing has the built-in ones.
+        said: for people, where the constants come from.
+    """
+
+    keys: Mapping[str, MachineKey] = field(default_factory=dict)
+    measured: Mapping[str, MachineConstants] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
+
+    @property
+    def corrections(self) -> Corrections:
+        """What past runs on these devices teach."""
+        return Corrections(self.keys, frozenset(self.measured))
+
+
+def know(
+    hardware: Hardware,
+    when: When = "never",
+    measure: Callable[[Sequence[str]], Measured] = constants.in_child,
+) -> Machine:
+    """The constants of the devices.
+
+    Args:
+        when: to measure: "never" takes seconds off nobody's plan; "missing" is for a training run; "always" because the
+            user asked.
+        measure: what measures; a child process but for tests.
+
+    Raises:
+        ConfigError: the user asked, and there is no GPU here, or the devices are declared.
+        RunFailed: the user asked, and it failed.
+    """
+    if hardware.kind == "cpu" or hardware.declared:
+        if when == "always":
+            what = "the devices are declared" if hardware.declared else "there is no GPU here"
+            raise ConfigError(f"--measure measures the GPUs of this machine, and {what}", "Leave --measure out.")
+        return Machine(said=_of_declared(hardware) if hardware.declared and hardware.kind == "cuda" else ())
+    driver = driver_version()
+    keys = {device.name: machine_key(device.name, driver) for device in hardware.devices}
+    found: dict[str, Measured] = {}
+    said: list[str] = []
+    for name, key in keys.items():
+        known = constants.read(key)
+        if when == "always" or (when == "missing" and not constants.sufficient(known, len(hardware.devices))):
+            known, problem = _measure(name, key, hardware, known, measure)
+            if problem and when == "always":
+                raise RunFailed(
+                    f"the constants of {name} could not be measured: {problem}",
+                    "Nothing else may change its use of the card meanwhile. Plans go on with what was known before.",
+                )
+            said += [f"{name}: could not be measured: {problem}"] if problem else []
+        if known is not None:
+            found[name] = known
+        said.append(_sentence(name, known))
+    return Machine(keys, {name: measured.constants for name, measured in found.items()}, tuple(said))
+
+
+def remember(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: str) -> None:
+    """Keep what a finished run used beyond its prediction, for later plans on this machine.
+
+    Args:
+        run: what tells this run from all others.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    rows = corrections.rows_of(report, plan, kind_of_run(config, plan), run)
+    # Under --hardware the names are those of the table, and no plan for the cards themselves would ask for them.
+    here = {card.name for card in read_nvml()} if rows else set()
+    for name in here.intersection(rows):
+        corrections.remember(machine_key(name, driver_version()), rows[name])
+
+
+def kind_of_run(config: TrainConfig, plan: Plan) -> str:
+    """What the corrections of a run are kept under."""
+    method = "full" if config.full_finetuning else "lora"
+    stages = len(plan.devices) if plan.processes == 1 else 1
+    return corrections.kind_of(plan.engine, method, config.load_in_4bit, plan.processes, stages, plan.estimate)
+
+
+def _measure(
+    name: str,
+    key: MachineKey,
+    hardware: Hardware,
+    known: Measured | None,
+    measure: Callable[[Sequence[str]], Measured],
+) -> tuple[Measured | None, str]:
+    """What was measured, or what was known before and why there is nothing newer."""
+    click.echo(f"measuring the constants of {key.words}; kept for later runs", err=True)
+    uuids = probe_details(dict(os.environ)).uuids
+    first = next(device.index for device in hardware.devices if device.name == name)
+    # A card of the same model is the better partner for NCCL.
+    others = sorted((d for d in hardware.devices if d.index != first), key=lambda device: device.name != name)
+    chosen = [uuids[first], *(uuids[device.index] for device in others[:1])]
+    try:
+        return constants.measure_once(key, chosen, measure), ""
+    except NotMeasured as error:
+        return known, str(error)
+    except OSError as error:
+        return known, f"the cache cannot be written: {error}"
+
+
+def _sentence(name: str, measured: Measured | None) -> str:
+    if measured is None:
+        return f"constants of {name}: {BUILT_IN}; a training run, or `plan --measure`, measures this machine's own"
+    parts = [f"context {measured.context_bytes // MIB}", f"workspaces {measured.workspace_bytes // MIB}"]
+    built_in = []
+    for what, size in (("NCCL", measured.nccl_bytes), ("4-bit scratch", measured.nf4_scratch_bytes)):
+        if size is None:
+            built_in.append(what)
+        else:
+            parts.append(f"{what} {size // MIB}")
+    rest = f"; {' and '.join(built_in)} built in" if built_in else ""
+    notes = f" ({'; '.join(measured.notes)})" if measured.notes else ""
+    return f"constants of {name}: measured here on {measured.measured_at[:10]}, MiB: {', '.join(parts)}{rest}{notes}"
+
+
+def _of_declared(hardware: Hardware) -> tuple[str, ...]:
+    """Built-in ones, even where a card of the name is in this machine: the declared one has another stack, for all that
+    is known."""
+    names = {plain(device.name) for device in hardware.devices}
+    here = []
+    for card in read_nvml():
+        gpu = known_gpu(card.name, card.total_bytes // MIB)
+        if gpu is not None and plain(gpu.name) in names:
+            here.append(card.name)
+    unused = f"; nothing measured on this machine's {here[0]} is used" if here else ""
+    return (f"constants {BUILT_IN}; the devices are declared{unused}",)
