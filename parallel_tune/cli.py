@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from parallel_tune import __version__
-from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, some_train_options, train_options
+from parallel_tune.options import (
+    TOKENS,
+    GroupedHelp,
+    GroupedOption,
+    SettingsCommand,
+    given,
+    some_train_options,
+    train_options,
+)
 from strategies.errors import ParallelTuneError
 
 DEFAULT_COMMAND = "train"
@@ -47,7 +55,7 @@ def program() -> None:
     """
 
 
-@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@program.command(cls=SettingsCommand, context_settings=TOKENS)
 @train_options
 @click.option(
     "--print_config", is_flag=True, default=False, cls=GroupedOption, help="Print the settings as a recipe and leave."
@@ -64,7 +72,7 @@ def train(config_file: str | None, print_config: bool, debug: bool, **options: A
     commands.train(config)
 
 
-@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@program.command(cls=SettingsCommand, context_settings=TOKENS)
 @train_options
 @click.option("--json", "as_json", is_flag=True, default=False, cls=GroupedOption, help="Print one JSON object.")
 @debug_option

@@ -66,7 +66,7 @@ def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.float16 if config.dtype == "float16" else torch.bfloat16
+    dtype = torch.float16 if config.named_dtype == "float16" else torch.bfloat16
     source = str(run.model) if config.full_finetuning else config.model
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if getattr(model, "is_quantized", False):

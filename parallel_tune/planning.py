@@ -11,6 +11,7 @@ from parallel_tune.engines import EngineName
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.memory.parameters import adapts_experts
 from parallel_tune.memory.settings import TrainingSettings
 from strategies.contracts import (
     Arrangement,
@@ -54,7 +55,7 @@ def _plan(
     plan = closest_plan(
         workload(config, facts, engine),
         hardware,
-        ClosedFormEstimator(facts, training_settings(config, engine, dtype)),
+        ClosedFormEstimator(facts, training_settings(config, facts, engine, dtype)),
         registry,
         strategy,
     )
@@ -98,15 +99,24 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
 
 def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
     """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
-    if config.dtype != "auto":
-        return config.dtype
+    if config.named_dtype != "auto":
+        return config.named_dtype
     if hardware.kind == "cpu":
         return "float32"
     return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
 
 
-def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> TrainingSettings:
-    """What the memory estimate needs to know of the settings."""
+def training_settings(config: TrainConfig, facts: ModelFacts, engine: EngineName, dtype: str) -> TrainingSettings:
+    """What the memory estimate needs to know of the settings.
+
+    Raises:
+        ConfigError: DoRA was asked for where peft has none.
+    """
+    if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
+        raise ConfigError(
+            f"use_dora: peft has no DoRA for the experts of {config.model}",
+            "Drop --use_dora, or name only attention's --target_modules.",
+        )
     fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
     return TrainingSettings(
         method="full" if config.full_finetuning else "lora",
@@ -114,6 +124,8 @@ def training_settings(config: TrainConfig, engine: EngineName, dtype: str) -> Tr
         lora_rank=config.r,
         lora_targets=tuple(config.target_modules),
         lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        bias=config.bias,
         compute_dtype=dtype,
         weights_dtype="float32" if config.full_finetuning and dtype == "float16" else None,
         optimizer=config.optim,
@@ -130,7 +142,7 @@ def predict_for_rows(config: TrainConfig, plan: Plan, longest_row: int, padded: 
     hold against a measurement.
     """
     facts = load_model_facts(config.model)
-    settings = replace(training_settings(config, plan.engine, plan.dtype), sequence_length=longest_row)
+    settings = replace(training_settings(config, facts, plan.engine, plan.dtype), sequence_length=longest_row)
     if not padded:
         settings = replace(settings, attention_mask=False)  # rows of one length need none
     estimator = ClosedFormEstimator(facts, settings)

@@ -102,6 +102,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.sampler import GlobalBatches
+    from parallel_tune.stopping import StopEarly
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
 
@@ -120,13 +121,15 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     metrics = MetricsWriter(run, batches, session)
+    patience = config.early_stopping_patience
+    early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [metrics, stop],
+        engine.training_arguments(plan), [metrics, stop, *early],
     )  # fmt: skip
-    losses: dict[str, float] = {}
+    results: dict[str, float] = {}
     if held_out_rows is not None:
-        losses["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
+        results["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Stopped(
@@ -135,12 +138,16 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
             f"Go on with `parallel-tune resume {run.path}`.",
         )
     if held_out_rows is not None:
-        losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+        results["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+    if early and early[0].stopped_at_step is not None:
+        results["stopped_early_at_step"] = early[0].stopped_at_step
+    if config.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        results["best_step"] = trainer.state.best_global_step
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
     longest_row = batches.longest_row(trainer.state.global_step)
     report.write(
-        run, config, plan, session, metrics, trainer.state.global_step, losses, data_report, longest_row,
+        run, config, plan, session, metrics, trainer.state.global_step, results, data_report, longest_row,
         len(set(batches.lengths)) > 1, time.monotonic() - started,
     )  # fmt: skip
     session.barrier()

@@ -6,8 +6,8 @@ from typing import Any
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.batching import split_held_out
-from parallel_tune.data.encoding import encode_rows
-from parallel_tune.data.loading import load_rows
+from parallel_tune.data.encoding import chunk_text, encode_rows
+from parallel_tune.data.loading import load_rows, read_text
 from parallel_tune.data.rows import DataReport, EncodedRows
 
 
@@ -17,10 +17,15 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedRows, Enco
     Raises:
         ConfigError: the dataset cannot be read or has nothing to learn.
     """
-    rows = load_rows(config.dataset, config.dataset_split)
-    if config.max_rows is not None:
-        rows = [rows[number] for number in range(min(config.max_rows, len(rows)))]
-    encoded, report = encode_rows(rows, tokenizer, config.max_seq_length, config.answers_only)
+    if config.raw_text is not None:
+        chunk_size = config.chunk_size or config.max_seq_length
+        stride = chunk_size // 4 if config.stride is None else config.stride
+        encoded, report = chunk_text(read_text(config.raw_text), tokenizer, chunk_size, stride, config.max_rows)
+    else:
+        rows = load_rows(config.dataset, config.dataset_split, config.dataset_config)
+        if config.max_rows is not None:
+            rows = [rows[number] for number in range(min(config.max_rows, len(rows)))]
+        encoded, report = encode_rows(rows, tokenizer, config.max_seq_length, config.answers_only)
     if not config.val_size:
         return encoded, None, report
     train, held_out = split_held_out(encoded, config.val_size, config.seed)

@@ -197,7 +197,12 @@ def _with_adapters(model: Any, settings: TrainingSettings) -> Any:
 
     targets: str | list[str] = ALL_LINEAR if ALL_LINEAR in settings.lora_targets else list(settings.lora_targets)
     config = LoraConfig(
-        r=settings.lora_rank, target_modules=targets, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM"
+        r=settings.lora_rank,
+        target_modules=targets,
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.use_dora,
+        bias=settings.bias,
+        task_type="CAUSAL_LM",
     )
     if settings.load_in_4bit:
         model.is_loaded_in_4bit = True

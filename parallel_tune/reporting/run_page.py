@@ -53,7 +53,7 @@ def render(run: RunFigures) -> str:
     return page(
         f"{run.name}: {model}",
         tag("h1", model),
-        tag("p", headline(run.plan), f" · {run.kind} · {run.config.dataset}", class_="muted"),
+        tag("p", headline(run.plan), f" · {run.kind} · {run.config.data_source}", class_="muted"),
         ended if run.ended != "finished" else "",
         _facts(run),
         tag("h2", "Training"),
