@@ -111,12 +111,13 @@ def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any)
 
 @program.command(context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
+@click.option("--hub_token", default=None, help="Token for a push when it is done; else HF_TOKEN or the stored login.")
 @debug_option
-def resume(run: str, debug: bool) -> None:
+def resume(run: str, hub_token: str | None, debug: bool) -> None:
     """Go on with a run from its last complete checkpoint."""
     from parallel_tune import commands
 
-    commands.resume(Path(run))
+    commands.resume(Path(run), hub_token)
 
 
 @program.command(context_settings=TOKENS)
@@ -128,8 +129,14 @@ def resume(run: str, debug: bool) -> None:
     type=click.Choice(["lora", "merged_16bit", "merged_4bit", "gguf"]),
 )
 @click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
-@click.option("--quantization", default="f16", show_default=True, help="Type of a GGUF file: f16, bf16, q8_0, f32.")
-@click.option("--push_model", default=None, help="Hub repository to push to, e.g. me/my-model; made private if new.")
+@click.option(
+    "--quantization", default="f16", show_default=True,
+    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, f32.",
+)  # fmt: skip
+@click.option(
+    "--push_model", "--hub_path", "push_model", default=None,
+    help="Hub repository to push to, e.g. me/my-model; made private if new.",
+)  # fmt: skip
 @click.option("--hub_token", default=None, help="Token for the push; else HF_TOKEN or the stored login.")
 @debug_option
 def export(
@@ -144,7 +151,8 @@ def export(
     """Write what a RUN trained as an adapter, a merged model or a GGUF file, with a model card."""
     from parallel_tune.export import Export, export_run
 
-    export_run(Path(run), Export(save_method, save_path, quantization, push_model), hub_token)
+    types = tuple(part.strip() for part in quantization.split(",") if part.strip())
+    export_run(Path(run), Export(save_method, save_path, types, push_model), hub_token)
 
 
 @program.command(context_settings=TOKENS)

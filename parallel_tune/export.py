@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -33,14 +33,14 @@ class Export:
 
     Attributes:
         method: one of METHODS.
-        quantization: the type of a GGUF file.
+        quantizations: the types of the GGUF files, one file each.
         hub_path: the Hub repository to push to; None for none.
         converter: llama.cpp's script, where it is needed.
     """
 
     method: str
     save_path: str
-    quantization: str = "f16"
+    quantizations: tuple[str, ...] = ("f16",)
     hub_path: str | None = None
     converter: str | None = None
 
@@ -55,8 +55,7 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
     run = RunDir(path.absolute())
     config, plan = run.read()
     wanted = check(run, config, wanted)
-    target = Path(wanted.save_path)
-    part = target.with_name(f".{target.name}.part")
+    part = unfinished(Path(wanted.save_path))
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -64,15 +63,17 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
         raise ConfigError(f"cannot write {part}: {error.strerror}", "Choose another --save_path.") from error
     card = model_card(config, plan, read_report(run.report), wanted.method)
     try:
-        _run_child(run, Export(**{**asdict(wanted), "save_path": str(part)}), card, hub_token)
-        if target.exists():
-            target.rmdir()  # empty, as was checked
-        part.rename(target)
+        _run_child(run, wanted, card, hub_token)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    click.echo(f"{wanted.method}: {target}")
+    click.echo(f"{wanted.method}: {wanted.save_path}")
     if wanted.hub_path:
         click.echo(f"pushed to {wanted.hub_path}")
+
+
+def unfinished(target: Path) -> Path:
+    """Where an export lies until it is complete."""
+    return target.with_name(f".{target.name}.part")
 
 
 def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
@@ -88,18 +89,29 @@ def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
         )
     if wanted.method == "lora" and config.full_finetuning:
         raise ConfigError("the run trained all weights: there is no adapter", "Use --save_method merged_16bit.")
+    return check_means(wanted)
+
+
+def check_means(wanted: Export) -> Export:
+    """The same as far as it does not depend on the run's result, so that it can be asked before training.
+
+    Raises:
+        ConfigError: the folder is taken, a GGUF type is unknown, or llama.cpp is not there.
+    """
     target = Path(wanted.save_path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{wanted.save_path} is there already", "Give a --save_path that is new or empty.")
     converter = None
     if wanted.method == "gguf":
-        if wanted.quantization not in GGUF_TYPES:
+        unknown = [name for name in wanted.quantizations if name not in GGUF_TYPES]
+        if unknown or not wanted.quantizations:
             raise ConfigError(
-                f"llama.cpp's converter does not write {wanted.quantization!r}",
-                f"Choose {', '.join(GGUF_TYPES)}; then `llama-quantize FILE {wanted.quantization}` makes it smaller.",
+                f"llama.cpp's converter does not write {', '.join(unknown) or 'a file without a type'}",
+                f"Choose {', '.join(GGUF_TYPES)}; then `llama-quantize FILE {(unknown or ['q4_k_m'])[0]}` makes it "
+                "smaller.",
             )
         converter = find_converter()
-    return Export(wanted.method, str(target), wanted.quantization, wanted.hub_path, converter)
+    return replace(wanted, save_path=str(target), converter=converter)
 
 
 def find_converter() -> str:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
-from parallel_tune.export import Export
+from parallel_tune.export import Export, unfinished
 from parallel_tune.process import leave
 from parallel_tune.rundir import RunDir
 from strategies.errors import ParallelTuneError, RunFailed
@@ -40,9 +40,14 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def export(run: RunDir, wanted: Export, card: str) -> None:
-    """Write the export into its folder, with the card, and push it if asked."""
+    """Write the export into its folder, with the card, and push it if asked; a push that fails leaves the folder.
+
+    Raises:
+        RunFailed: the converter or the push failed.
+    """
     config, _ = run.read()
-    folder = Path(wanted.save_path)
+    target = Path(wanted.save_path)
+    folder = unfinished(target)
     match wanted.method:
         case "lora":
             shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
@@ -55,10 +60,22 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         case "gguf":
             with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
                 save_merged(run, config, Path(merged))
-                convert(Path(merged), folder / f"model-{wanted.quantization}.gguf", wanted)
+                for kind in wanted.quantizations:
+                    convert(Path(merged), folder / f"model-{kind}.gguf", kind, str(wanted.converter))
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if target.exists():
+        target.rmdir()  # empty, as was checked
+    folder.rename(target)
     if wanted.hub_path:
-        push(folder, wanted.hub_path)
+        try:
+            push(target, wanted.hub_path)
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise RunFailed(
+                f"{target} is written, but the push to {wanted.hub_path} failed: {message}",
+                f"`hf upload {wanted.hub_path} {target}` pushes it without a new export.",
+            ) from error
 
 
 def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
@@ -66,9 +83,13 @@ def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from parallel_tune.engines.transformers import nf4
+
     dtype = torch.float16 if config.named_dtype == "float16" else torch.bfloat16
     source = str(run.model) if config.full_finetuning else config.model
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    # A LoftQ adapter belongs to the rounded weights: added to the unrounded ones, it would correct them twice.
+    options: dict[str, Any] = {} if config.loftq_config is None else {"quantization_config": nf4(dtype)}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if getattr(model, "is_quantized", False):
         model = model.dequantize()
     if not config.full_finetuning:
@@ -94,19 +115,19 @@ def save_in_4bit(merged: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
 
 
-def convert(merged: Path, file: Path, wanted: Export) -> None:
+def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
     """Run llama.cpp's converter.
 
     Raises:
         RunFailed: it did not write the file.
     """
-    command = [sys.executable, str(wanted.converter), str(merged), "--outfile", str(file)]
-    done = subprocess.run([*command, "--outtype", wanted.quantization], capture_output=True, text=True, check=False)
+    command = [sys.executable, converter, str(merged), "--outfile", str(file)]
+    done = subprocess.run([*command, "--outtype", kind], capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise RunFailed(
-            f"{wanted.converter} ended with code {done.returncode}: {last}",
+            f"{converter} ended with code {done.returncode}: {last}",
             "It needs the gguf and sentencepiece packages; the export log has its whole output.",
         )
 
