@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from parallel_tune import __version__
 from parallel_tune.options import (
@@ -29,7 +30,15 @@ class Program(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
         verb_less = not args or (args[0].startswith("-") and args[0] not in own)
+        if ctx.resilient_parsing and not args:
+            verb_less = False  # a shell completes the first word, which may become a verb
         return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if verb_less else args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs, and the options of `train`, whose verb may be left out."""
+        train = self.commands[DEFAULT_COMMAND]
+        own = super().shell_complete(ctx, incomplete)
+        return own + (train.shell_complete(click.Context(train), incomplete) if incomplete.startswith("-") else [])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         train = self.commands[DEFAULT_COMMAND]
@@ -189,6 +198,15 @@ def demo(strategy: str, hardware: str | None, model_dir: str | None, max_steps: 
     from parallel_tune.demo import run_demo
 
     run_demo(strategy, hardware, Path(model_dir) if model_dir else None, max_steps)
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete options: `eval "$(parallel-tune completion bash)"`."""
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    click.echo(shell_class(program, {}, "parallel-tune", "_PARALLEL_TUNE_COMPLETE").source())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -101,7 +101,7 @@ def _check_training(config: TrainConfig) -> None:
 def _check_adapter(config: TrainConfig) -> None:
     if config.full_finetuning:
         for name in ("use_dora", "use_rslora", "loftq_config"):
-            if getattr(config, name):
+            if getattr(config, name) not in (False, None):
                 raise ConfigError(f"{name} is about adapters, and full_finetuning trains none", "Drop one of the two.")
     elif not config.target_modules:
         raise ConfigError("target_modules is empty: nothing would train", "Name modules, or use --full_finetuning.")
