@@ -51,6 +51,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan = plan
         self._keep = keep
         self._evaluated: tuple[int, float] | None = None
+        self._has_best = False
         self._waiting: list[Any] = []
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
@@ -153,6 +154,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
+        if self._has_best:
+            return metrics  # the weights of an earlier step: no row of this one
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -161,6 +164,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The weights of the best evaluation; what was evaluated last is no longer the model."""
         super()._load_best_model()
         self._evaluated = None
+        self._has_best = True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
