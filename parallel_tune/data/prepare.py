@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.batching import split_held_out
 from parallel_tune.data.encoding import chunk_text, encode_rows
-from parallel_tune.data.loading import load_rows, read_text
+from parallel_tune.data.loading import Row, load_rows, read_text
 from parallel_tune.data.rows import DataReport, EncodedRows
 
 
@@ -22,11 +23,20 @@ def prepare_data(config: TrainConfig, tokenizer: Any) -> tuple[EncodedRows, Enco
         stride = chunk_size // 4 if config.stride is None else config.stride
         encoded, report = chunk_text(read_text(config.raw_text), tokenizer, chunk_size, stride, config.max_rows)
     else:
-        rows = load_rows(config.dataset, config.dataset_split, config.dataset_config)
-        if config.max_rows is not None:
-            rows = [rows[number] for number in range(min(config.max_rows, len(rows)))]
-        encoded, report = encode_rows(rows, tokenizer, config.max_seq_length, config.answers_only)
+        encoded, report = encode_rows(load_named_rows(config), tokenizer, config.max_seq_length, config.answers_only)
     if not config.val_size:
         return encoded, None, report
     train, held_out = split_held_out(encoded, config.val_size, config.seed)
     return train, held_out, report
+
+
+def load_named_rows(config: TrainConfig) -> Sequence[Row]:
+    """The dataset's rows, as many as are wanted.
+
+    Raises:
+        ConfigError: the dataset cannot be read.
+    """
+    rows = load_rows(config.dataset, config.dataset_split, config.dataset_config)
+    if config.max_rows is None:
+        return rows
+    return [rows[number] for number in range(min(config.max_rows, len(rows)))]

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from parallel_tune.config import make_config
+from parallel_tune.export_after import wanted_export
+
 TOKEN = "hf_a_secret_token"
 CONVERTER = """
 import pathlib, sys
@@ -98,3 +101,25 @@ def test_what_could_not_be_exported_is_refused_before_training(
     assert ended.code == 2, ended.err
     assert said in ended.err
     assert not ended.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "hub_path"),
+    [
+        ({}, None, None),
+        ({"save_model": True}, "merged_16bit", None),
+        ({"save_model": True, "save_method": "merged_4bit"}, "merged_4bit", None),
+        ({"push_model": True, "hub_path": "me/it", "save_method": "lora"}, "lora", "me/it"),
+        ({"save_model": True, "save_gguf": True}, "gguf", None),
+        ({"push_gguf": True, "hub_path": "me/it"}, "gguf", "me/it"),
+        ({"save_gguf": True, "push_model": True, "hub_path": "me/it"}, "gguf", "me/it"),
+    ],
+)
+def test_what_is_exported(options: dict[str, Any], method: str | None, hub_path: str | None) -> None:
+    wanted = wanted_export(make_config(options), Path("run"))
+    if method is None:
+        assert wanted is None
+    else:
+        assert wanted is not None
+        assert (wanted.method, wanted.hub_path) == (method, hub_path)
+        assert wanted.save_path == f"run/{method}"

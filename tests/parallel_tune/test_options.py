@@ -276,3 +276,49 @@ def test_a_token_is_not_shown() -> None:
     assert config.hub_token == "hf_secret"
     assert "hf_secret" not in repr(config) + config.to_yaml()
     assert "hub_token" not in TrainConfig().to_yaml()
+
+
+def test_attention_is_the_one_that_was_named(tied_model: Path) -> None:
+    import torch
+
+    from parallel_tune.engines.transformers import TransformersEngine
+    from strategies.sessions import open_replica
+
+    options = {"model": str(tied_model), "attn_implementation": "eager", "hardware": "cpu:1"}
+    plan = parallel_tune.plan(**options)
+    model, _ = TransformersEngine().load(make_config(options), plan, open_replica(plan, 60), torch.float32)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from parallel_tune.data.prepare import load_named_rows
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    local = make_config({"dataset": str(tmp_path), "dataset_split": "test", "max_rows": 3})
+    assert load_named_rows(local) == [{"text": "test"}]
+    asked: list[Any] = []
+    rows = [{"text": "a"}, {"text": "b"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or rows)
+    hub = make_config(
+        {"dataset_name": "me/data", "dataset_config": "fine", "dataset_train_split": "dev", "max_rows": 1}
+    )
+    assert load_named_rows(hub) == rows[:1]
+    assert asked == [(("me/data", "fine"), {"split": "dev"})]
+
+
+def test_a_rank_that_waits_gives_up_after_ddp_timeout(environment: dict[str, str]) -> None:
+    """Nobody else comes to this group of two."""
+    import subprocess
+    import sys
+
+    config = make_config({"ddp_timeout": 1})
+    code = f"from strategies.sessions import join_processes; join_processes(False, 0, {config.ddp_timeout})"
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment | group, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode != 0
+    assert "1/2 clients joined" in ended.stderr
