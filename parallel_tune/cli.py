@@ -140,7 +140,7 @@ def resume(run: str, hub_token: str | None, debug: bool) -> None:
 @click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
 @click.option(
     "--quantization", default="f16", show_default=True,
-    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, f32.",
+    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on.",
 )  # fmt: skip
 @click.option(
     "--push_model", "--hub_path", "push_model", default=None,

@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> None:
     start(made, run, None, config.hub_token)
 
 
-def check_needs(config: TrainConfig) -> None:
+def check_needs(config: TrainConfig, run: Path | None = None) -> None:
     """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
 
     Raises:
@@ -73,7 +73,7 @@ def check_needs(config: TrainConfig) -> None:
     """
     trackers.check_installed(config.report_to)
     check_bitsandbytes(config)
-    export_after.check_ahead(config)
+    export_after.check_ahead(config, run)
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:
@@ -119,5 +119,6 @@ def resume(path: Path, hub_token: str | None = None) -> None:
             f"{path} has no complete checkpoint to go on from",
             "Start again with --save_steps N to have checkpoints.",
         )
+    check_needs(config.replace(hub_token=hub_token), run.path)
     click.echo(f"resuming from {complete[-1].name}")
     start(made, run, complete[-1], hub_token)

@@ -134,7 +134,7 @@ class TrainConfig:
     save_method: str = option("merged_16bit", "Export", "What save_model and push_model make of it.", choices=("merged_16bit", "merged_4bit", "lora"))
     save_gguf: bool = option(False, "Export", "Make it a GGUF file instead.")
     save_path: str | None = option(None, "Export", "Folder of the export; RUN/save_method or RUN/gguf if left out.", aliases=("export_dir",))
-    quantization: list[str] = option(["q8_0"], "Export", "Types of the GGUF files, comma-separated: f32, f16, bf16, q8_0, auto.")
+    quantization: list[str] = option(["q8_0"], "Export", "Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on, by llama.cpp's names.")
     push_model: bool = option(False, "Export", "Push the export to hub_path.", aliases=("push_to_hub",))
     push_gguf: bool = option(False, "Export", "Push it as GGUF.")
     hub_path: str | None = option(None, "Export", "Hub repository, e.g. me/my-model; made private if new.", aliases=("hub_model_id", "export_hub_model_id"))

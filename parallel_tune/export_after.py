@@ -22,13 +22,16 @@ def wanted_export(config: TrainConfig, run: Path) -> Export | None:
     return None
 
 
-def check_ahead(config: TrainConfig) -> None:
+def check_ahead(config: TrainConfig, run: Path | None = None) -> None:
     """Refuse an export that could not be made, before anything is trained.
+
+    Args:
+        run: the run's directory, where it is there already.
 
     Raises:
         ConfigError: the folder is taken, llama.cpp is not there, or there is no token for a push.
     """
-    wanted = wanted_export(config, Path(config.output_dir or "outputs/new"))
+    wanted = wanted_export(config, run or Path(config.output_dir or "outputs/new"))
     if wanted is None:
         return
     check_means(wanted)

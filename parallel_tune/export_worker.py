@@ -6,6 +6,7 @@ python -m parallel_tune.export_worker RUN_DIRECTORY < {"wanted": ..., "card": ..
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
-from parallel_tune.export import Export, unfinished
+from parallel_tune.export import GGUF_TYPES, Export, unfinished
 from parallel_tune.process import leave
 from parallel_tune.rundir import RunDir
 from strategies.errors import ParallelTuneError, RunFailed
@@ -60,8 +61,7 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         case "gguf":
             with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
                 save_merged(run, config, Path(merged))
-                for kind in wanted.quantizations:
-                    convert(Path(merged), folder / f"model-{kind}.gguf", kind, str(wanted.converter))
+                write_gguf(Path(merged), folder, wanted)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if target.exists():
         target.rmdir()  # empty, as was checked
@@ -115,6 +115,23 @@ def save_in_4bit(merged: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
 
 
+def write_gguf(merged: Path, folder: Path, wanted: Export) -> None:
+    """One file a type; types that the converter does not write are made from its 16-bit file.
+
+    Raises:
+        RunFailed: llama.cpp did not write a file.
+    """
+    for kind in wanted.quantizations:
+        file = folder / f"model-{kind}.gguf"
+        if kind in GGUF_TYPES:
+            convert(merged, file, kind, str(wanted.converter))
+            continue
+        whole = merged / "whole.gguf"
+        if not whole.exists():
+            convert(merged, whole, "auto", str(wanted.converter))
+        _run_llama_cpp([str(wanted.quantizer), str(whole), str(file), kind], file)
+
+
 def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
     """Run llama.cpp's converter.
 
@@ -122,13 +139,17 @@ def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
         RunFailed: it did not write the file.
     """
     command = [sys.executable, converter, str(merged), "--outfile", str(file)]
-    done = subprocess.run([*command, "--outtype", kind], capture_output=True, text=True, check=False)
+    _run_llama_cpp([*command, "--outtype", kind], file, "It needs the gguf and sentencepiece packages.")
+
+
+def _run_llama_cpp(command: list[str], file: Path, needs: str = "") -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise RunFailed(
-            f"{converter} ended with code {done.returncode}: {last}",
-            "It needs the gguf and sentencepiece packages; the export log has its whole output.",
+            f"making {file.name} ended with code {done.returncode}: {last}",
+            f"{needs} The export log has the whole output of {shlex.join(command)}".strip(),
         )
 
 

@@ -187,6 +187,8 @@ def _suggestions(
         fits("--load_in_4bit", config.replace(load_in_4bit=True))
     if config.full_finetuning:
         fits("LoRA instead of --full_finetuning", config.replace(full_finetuning=False))
+    if config.use_dora:
+        fits("LoRA without --use_dora", config.replace(use_dora=False))
     if config.use_gradient_checkpointing == "none":
         fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
     if config.per_device_train_batch_size is not None:

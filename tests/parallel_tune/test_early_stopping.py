@@ -88,3 +88,15 @@ def test_only_old_complete_checkpoints_go(keep: int | None, best: int | None, le
     rotate(tmp_path, keep, None if best is None else tmp_path / f"checkpoint-{best}")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["checkpoint-1", "checkpoint-mine", *(f"checkpoint-{step}" for step in left)])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "split"])
+def test_the_best_of_all_weights_are_kept_too(layout: str, run_it: Any) -> None:
+    """Head and embedding are one weight here, in a split on two devices."""
+    options = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
+    run = run_it(*LAYOUTS[layout], *options, RATE, "--num_train_epochs=8", "--warmup_steps=0")
+    best = run.report["best_step"]
+    assert best < run.report["steps"]
+    assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)
+    saved = (run.run / "model" / "model.safetensors").read_bytes()
+    assert saved == (run.run / f"checkpoint-{best}" / "model.safetensors").read_bytes()

@@ -30,6 +30,10 @@ def run_it(tune: Any, tied_model: Path, rows_file: Path) -> Any:
 def converter(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    quantizer = folder / "build" / "bin" / "llama-quantize"
+    quantizer.parent.mkdir(parents=True, exist_ok=True)
+    quantizer.write_text('#!/bin/sh\nprintf "%s made %s" "$(cat "$1")" "$3" > "$2"\n')
+    quantizer.chmod(0o755)
     return {"LLAMA_CPP_DIR": str(folder)}
 
 
@@ -42,10 +46,13 @@ def test_the_merged_model_lies_in_the_run(run_it: Any) -> None:
 
 def test_gguf_files_of_several_types_under_a_launcher(run_it: Any, tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    options = ("--save_gguf", "--quantization", "f16", "q8_0", f"--save_path={tmp_path / 'out'}")
-    run = run_it(*options, before=(*torchrun, "--nproc-per-node=2"), env=converter(tmp_path / "cpp"))
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["README.md", "model-f16.gguf", "model-q8_0.gguf"]
+    options = ("--save_gguf", "--quantization", "q4_k_m", "q8_0", "--save_path=out")
+    env = converter(tmp_path / "cpp")
+    run = run_it(*options, before=(*torchrun, "--nproc-per-node=2"), env=env, cwd=tmp_path)
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    card = files.pop("README.md")
+    assert "exported as `gguf`" in card
+    assert files == {"model-q4_k_m.gguf": "auto made q4_k_m", "model-q8_0.gguf": "q8_0"}
     assert run.out.count("gguf: ") == 1
 
 
@@ -84,7 +91,7 @@ def test_a_failed_export_leaves_the_adapter(run_it: Any, tmp_path: Path) -> None
     ("options", "said"),
     [
         (("--save_gguf",), "convert_hf_to_gguf.py"),
-        (("--save_gguf", "--quantization=q4_k_m"), "llama-quantize FILE q4_k_m"),
+        (("--save_gguf", "--quantization=q4_k"), "does not write q4_k"),
         (("--push_model", "--hub_path=me/tuned"), "needs a token"),
         (("--push_model", "--hub_path=me/t u"), "hub_path"),
         (("--save_model", "--save_path={taken}"), "is there already"),
