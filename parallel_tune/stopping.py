@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from parallel_tune.config import TrainConfig
 from strategies.base import Session
+from strategies.errors import ConfigError
 
 
 def evaluations_without_progress(losses: Sequence[float], threshold: float) -> int:
@@ -17,6 +20,21 @@ def evaluations_without_progress(losses: Sequence[float], threshold: float) -> i
         count = 0 if best - loss > threshold else count + 1
         best = min(best, loss)
     return count
+
+
+def check_reached(config: TrainConfig, steps_per_epoch: int) -> None:
+    """Refuse a run that waits for evaluations and would end before the first.
+
+    Raises:
+        ConfigError: as it says.
+    """
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    waits = config.early_stopping_patience is not None or config.load_best_model_at_end
+    if waits and config.evaluates == "steps" and config.eval_steps > steps:
+        raise ConfigError(
+            f"eval_steps = {config.eval_steps}, and the run has {steps} steps: nothing would be evaluated in it",
+            f"Give --eval_steps {max(1, steps // 10)}, say.",
+        )
 
 
 class StopEarly(TrainerCallback):  # type: ignore[misc]

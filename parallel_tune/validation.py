@@ -177,10 +177,9 @@ def _check_evaluation(config: TrainConfig) -> None:
     if config.early_stopping_threshold and config.early_stopping_patience is None:
         raise ConfigError("early_stopping_threshold alone stops nothing", "Add --early_stopping_patience N.")
     if config.load_best_model_at_end and config.saves != "best":
-        in_step = config.saves == config.evaluates
-        if config.saves == "steps" and in_step:
-            in_step = abs(config.save_steps / config.eval_steps - round(config.save_steps / config.eval_steps)) < 1e-9
-            in_step = in_step and (config.save_steps < 1) == (config.eval_steps < 1)
+        in_step = config.saves == config.evaluates and (
+            config.saves == "epoch" or config.save_steps == config.eval_steps
+        )
         if not in_step:
             raise ConfigError(
                 f"load_best_model_at_end finds no checkpoint of each evaluation: save_strategy is {config.saves!r} "

@@ -102,7 +102,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.callbacks import MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.sampler import GlobalBatches
-    from parallel_tune.stopping import StopEarly
+    from parallel_tune.stopping import StopEarly, check_reached
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
 
@@ -118,6 +118,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
         global_batch=plan.global_batch,
         seed=config.seed,
     )
+    check_reached(config, batches.steps_per_epoch)
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     metrics = MetricsWriter(run, batches, session)

@@ -61,6 +61,12 @@ def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
     assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+def test_a_run_without_an_evaluation_is_refused(run_it: Any) -> None:
+    ended = run_it.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
+    assert ended.code == 2
+    assert "eval_steps = 6, and the run has 5 steps" in ended.err
+
+
 @pytest.mark.parametrize(
     ("losses", "threshold", "count"),
     [
