@@ -126,7 +126,7 @@ LLAMA_FACTORY = (
 LLAMA_FACTORY_ELSEWISE = {
     "finetuning_type": "`full`: --full_finetuning; `lora` is the default",
     "quantization_bit": "`4`: --load_in_4bit",
-    "train_on_prompt": "`false`: --answers_only",
+    "train_on_prompt": "`false`, its default: --answers_only",
     "flash_attn": "--attn_implementation",
     "disable_gradient_checkpointing": "--use_gradient_checkpointing none",
     "use_unsloth": "--engine unsloth",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import parallel_tune
-from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.config import SCHEDULES, TrainConfig, make_config
+from parallel_tune.validation import NEEDED_BY_SCHEDULE
 from strategies.errors import ConfigError
 
 STEPS = 12
@@ -355,3 +356,33 @@ def test_a_rank_that_waits_gives_up_after_ddp_timeout(environment: dict[str, str
     )
     assert ended.returncode != 0
     assert "1/2 clients joined" in ended.stderr
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_runs_with_what_it_is_said_to_need(name: str) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    needed = NEEDED_BY_SCHEDULE.get(name)
+    given = {needed[-1]: 3 if needed[-1].endswith("steps") else 0.1} if needed else {}
+    make_config({"lr_scheduler_type": name, "lr_scheduler_kwargs": given})
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = get_scheduler(name, optimizer, 2, 10, given)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(1.0)
+    assert all(rate >= 0 for rate in rates)
+
+
+def test_the_optimizers_whose_memory_is_known_are_transformers_own() -> None:
+    from transformers.training_args import OptimizerNames
+
+    from parallel_tune.memory.states import OPTIMIZERS
+
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    with pytest.raises(ConfigError, match="adafactorr"):
+        parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xT4-16GB", optim="adafactorr")
