@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,28 @@ def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
     assert run.report["stopped_early_at_step"] == 4
     assert "best_step" not in run.report
     assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_resumed_run_goes_on_counting(run_it: Any) -> None:
+    """Cut off between the best evaluation and the last one."""
+    steps = ("--eval_steps=2", "--save_steps=2", "--load_best_model_at_end", "--early_stopping_patience=3")
+    options = (
+        *LAYOUTS["one"],
+        *steps,
+        RATE,
+        "--lr_scheduler_type=constant",
+        "--num_train_epochs=8",
+        "--warmup_steps=0",
+    )
+    whole = run_it(*options)
+    best, stopped = whole.report["best_step"], whole.report["stopped_early_at_step"]
+    cut = run_it(*options, f"--max_steps={best + 2}")
+    shutil.rmtree(cut.run / "adapter")
+    config = cut.run / "config.yaml"
+    config.write_text(config.read_text().replace(f"max_steps: {best + 2}", "max_steps: -1"))
+    run_it("resume", str(cut.run), base=False)
+    assert (cut.report["best_step"], cut.report["stopped_early_at_step"]) == (best, stopped)
+    assert cut.report["held_out_loss_after"] == pytest.approx(whole.report["held_out_loss_after"], rel=1e-6)
 
 
 def test_a_run_without_an_evaluation_is_refused(run_it: Any) -> None:
