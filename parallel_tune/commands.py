@@ -11,6 +11,7 @@ import psutil
 
 from parallel_tune import checkpoint, export_after, planning, refusal, rundir, trackers
 from parallel_tune.config import TrainConfig, make_config, read_yaml
+from parallel_tune.data.loading import read_text
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
 from parallel_tune.engines import installed
@@ -73,6 +74,8 @@ def check_needs(config: TrainConfig, run: Path | None = None) -> None:
     """
     trackers.check_installed(config.report_to)
     check_bitsandbytes(config)
+    if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
+        read_text(config.raw_text)  # says why
     export_after.check_ahead(config, run)
 
 

@@ -81,7 +81,7 @@ class TrainConfig:
     target_modules: list[str] = option(list(LORA_TARGETS), "Adapter", "Linear layers that get an adapter, comma-separated, or all-linear.", aliases=("lora_target_modules", "lora_target"), synonyms={"all": "all-linear"})
     use_rslora: bool = option(False, "Adapter", "Scale by alpha / sqrt(r) instead.")
     use_dora: bool = option(False, "Adapter", "Train the size of each weight row apart from its direction (DoRA); slower, and more memory.")
-    loftq_config: dict[str, Any] | None = option(None, "Adapter", 'Begin with adapters that make up for the 4-bit rounding (LoftQ), as JSON: {"loftq_bits": 4, "loftq_iter": 1}.')
+    loftq_config: dict[str, Any] | None = option(None, "Adapter", 'Begin with adapters that make up for the 4-bit rounding (LoftQ); they then belong on the 4-bit model. As JSON: {"loftq_bits": 4, "loftq_iter": 1}, or {}.')
     random_state: int = option(3407, "Adapter", "Seed of the adapters' first weights.")
 
     dataset: str = option(DEFAULT_DATASET, "Data", "Hub id, or a JSON, JSONL, CSV or Parquet file, or a folder of them; a .txt or .md file is raw text.", aliases=("dataset_name",), basic=True)

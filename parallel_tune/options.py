@@ -80,7 +80,9 @@ class SettingsCommand(GroupedHelp):
             if option is not None and option.several:
                 values = list(itertools.takewhile(lambda part: not part.startswith("-"), rest))
                 del rest[: len(values)]
-                joined += [",".join(values)] if values else []
+                if not values:  # click would take the next option for its value
+                    raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
+                joined.append(",".join(values))
         return super().parse_args(ctx, joined)
 
 

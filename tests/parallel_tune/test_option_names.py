@@ -12,7 +12,10 @@ from pathlib import Path
 
 import options_page as page
 import pytest
+import yaml
+from click.testing import CliRunner
 
+from parallel_tune.cli import program
 from parallel_tune.config import SCHEDULES, TrainConfig, fields_by_name
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +156,13 @@ def test_words_are_completed(line: str, offered: set[str], environment: dict[str
     assert {row.partition(",")[2] for row in done.stdout.splitlines()} == offered
 
 
+@pytest.mark.parametrize("arguments", [["--quantization", "--r=2"], ["--report_to"], ["--bf16", "maybe"]])
+def test_a_word_that_is_missing_or_too_much_is_an_error(arguments: list[str]) -> None:
+    result = CliRunner().invoke(program, ["--print_config", *arguments])
+    assert result.exit_code == 2
+    assert "requires an argument" in result.output or "unexpected extra argument (maybe)" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
@@ -169,11 +179,6 @@ def test_words_are_completed(line: str, offered: set[str], environment: dict[str
     ],
 )
 def test_the_command_line_takes_the_words_of_other_tools(arguments: list[str], name: str, value: object) -> None:
-    import yaml
-    from click.testing import CliRunner
-
-    from parallel_tune.cli import program
-
     result = CliRunner().invoke(program, ["--print_config", *arguments])
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.output)[name] == value

@@ -386,3 +386,11 @@ def test_the_optimizers_whose_memory_is_known_are_transformers_own() -> None:
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
     with pytest.raises(ConfigError, match="adafactorr"):
         parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xT4-16GB", optim="adafactorr")
+
+
+def test_a_text_that_is_not_there_is_refused_before_anything_starts(run_it: Any, text_file: Path) -> None:
+    ended = run_it.ended(f"--raw_text_file={text_file.with_name('boook.txt')}", "--hardware=cpu:1")
+    assert ended.code == 2
+    assert "boook.txt' is not there" in ended.err
+    assert "did you mean" in ended.err
+    assert not ended.run.exists()
