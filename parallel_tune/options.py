@@ -80,9 +80,9 @@ class SettingsCommand(GroupedHelp):
             if option is not None and option.several:
                 values = list(itertools.takewhile(lambda part: not part.startswith("-"), rest))
                 del rest[: len(values)]
-                if not values:  # click would take the next option for its value
+                if not values and not ctx.resilient_parsing:  # click would take the next option for its value
                     raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
-                joined.append(",".join(values))
+                joined += [",".join(values)] if values else []
         return super().parse_args(ctx, joined)
 
 
