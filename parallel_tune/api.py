@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from parallel_tune import planning, refusal, rundir
-from parallel_tune.commands import start
+from parallel_tune.commands import check_needs, start
 from parallel_tune.config import TrainConfig, make_config
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.plan_view import render_plan
@@ -95,6 +95,7 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
             f"tune() starts its processes itself, and {outer.launcher} has started {outer.world_size} already",
             f"Call tune() from a plain process, or run `parallel-tune` under {outer.launcher}.",
         )
+    check_needs(config)
     hardware = find_hardware(config)
     made, lines = decide(config, hardware, "missing", with_data=True)
     planning.require_fit(made, config.strategy)
@@ -102,5 +103,5 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
     run = rundir.create(config, made)
     for line in (*lines, render_plan(made), f"run directory: {run.path}"):
         click.echo(line)
-    start(made, run, None)
+    start(made, run, None, config.hub_token)
     return Run(run.path)

@@ -48,8 +48,14 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def rotate(run: Path, keep: int | None) -> None:
-    """Delete the oldest complete checkpoints so that `keep` are left; anything else is not touched."""
-    if keep is not None:
-        for path in complete_checkpoints(run)[:-keep]:
-            shutil.rmtree(path)
+def rotate(run: Path, keep: int | None, best: Path | None = None) -> None:
+    """Delete the oldest complete checkpoints so that `keep` are left; anything else is not touched.
+
+    The newest and the best one stay, even where only one is to be kept.
+    """
+    if keep is None:
+        return
+    complete = complete_checkpoints(run)
+    old = [path for path in complete[:-1] if best is None or path.resolve() != best.resolve()]
+    for path in old[: max(0, len(complete) - keep)]:
+        shutil.rmtree(path)

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from parallel_tune import __version__
-from parallel_tune.options import TOKENS, GroupedHelp, GroupedOption, given, some_train_options, train_options
+from parallel_tune.options import (
+    TOKENS,
+    GroupedHelp,
+    GroupedOption,
+    SettingsCommand,
+    given,
+    some_train_options,
+    train_options,
+)
 from strategies.errors import ParallelTuneError
 
 DEFAULT_COMMAND = "train"
@@ -21,7 +30,15 @@ class Program(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
         verb_less = not args or (args[0].startswith("-") and args[0] not in own)
+        if ctx.resilient_parsing and not args:
+            verb_less = False  # a shell completes the first word, which may become a verb
         return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if verb_less else args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs, and the options of `train`, whose verb may be left out."""
+        train = self.commands[DEFAULT_COMMAND]
+        own = super().shell_complete(ctx, incomplete)
+        return own + (train.shell_complete(click.Context(train), incomplete) if incomplete.startswith("-") else [])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         train = self.commands[DEFAULT_COMMAND]
@@ -47,7 +64,7 @@ def program() -> None:
     """
 
 
-@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@program.command(cls=SettingsCommand, context_settings=TOKENS)
 @train_options
 @click.option(
     "--print_config", is_flag=True, default=False, cls=GroupedOption, help="Print the settings as a recipe and leave."
@@ -64,7 +81,7 @@ def train(config_file: str | None, print_config: bool, debug: bool, **options: A
     commands.train(config)
 
 
-@program.command(cls=GroupedHelp, context_settings=TOKENS)
+@program.command(cls=SettingsCommand, context_settings=TOKENS)
 @train_options
 @click.option("--json", "as_json", is_flag=True, default=False, cls=GroupedOption, help="Print one JSON object.")
 @click.option(
@@ -107,12 +124,13 @@ def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any)
 
 @program.command(context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
+@click.option("--hub_token", default=None, help="Token for a push when it is done; else HF_TOKEN or the stored login.")
 @debug_option
-def resume(run: str, debug: bool) -> None:
+def resume(run: str, hub_token: str | None, debug: bool) -> None:
     """Go on with a run from its last complete checkpoint."""
     from parallel_tune import commands
 
-    commands.resume(Path(run))
+    commands.resume(Path(run), hub_token)
 
 
 @program.command(context_settings=TOKENS)
@@ -124,8 +142,14 @@ def resume(run: str, debug: bool) -> None:
     type=click.Choice(["lora", "merged_16bit", "merged_4bit", "gguf"]),
 )
 @click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
-@click.option("--quantization", default="f16", show_default=True, help="Type of a GGUF file: f16, bf16, q8_0, f32.")
-@click.option("--push_model", default=None, help="Hub repository to push to, e.g. me/my-model; made private if new.")
+@click.option(
+    "--quantization", default="f16", show_default=True,
+    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on.",
+)  # fmt: skip
+@click.option(
+    "--push_model", "--hub_path", "push_model", default=None,
+    help="Hub repository to push to, e.g. me/my-model; made private if new.",
+)  # fmt: skip
 @click.option("--hub_token", default=None, help="Token for the push; else HF_TOKEN or the stored login.")
 @debug_option
 def export(
@@ -140,7 +164,8 @@ def export(
     """Write what a RUN trained as an adapter, a merged model or a GGUF file, with a model card."""
     from parallel_tune.export import Export, export_run
 
-    export_run(Path(run), Export(save_method, save_path, quantization, push_model), hub_token)
+    types = tuple(part.strip() for part in quantization.split(",") if part.strip())
+    export_run(Path(run), Export(save_method, save_path, types, push_model), hub_token)
 
 
 @program.command(context_settings=TOKENS)
@@ -177,6 +202,15 @@ def demo(strategy: str, hardware: str | None, model_dir: str | None, max_steps: 
     from parallel_tune.demo import run_demo
 
     run_demo(strategy, hardware, Path(model_dir) if model_dir else None, max_steps)
+
+
+@program.command(context_settings=TOKENS)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete options: `eval "$(parallel-tune completion bash)"`."""
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None
+    click.echo(shell_class(program, {}, "parallel-tune", "_PARALLEL_TUNE_COMPLETE").source())
 
 
 def main(arguments: list[str] | None = None) -> None:

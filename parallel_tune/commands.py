@@ -9,10 +9,12 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, planning, refusal, rundir, trackers
+from parallel_tune import checkpoint, export_after, planning, refusal, rundir, trackers
 from parallel_tune.config import TrainConfig, make_config, read_yaml
+from parallel_tune.data.loading import read_text
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
+from parallel_tune.engines import installed
 from parallel_tune.launch import Watcher, launch_spec
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
@@ -55,7 +57,7 @@ def train(config: TrainConfig) -> None:
         click.echo(launch.dropping)
         for name in launch.variables:
             os.environ.pop(name, None)
-    trackers.check_installed(config.report_to)
+    check_needs(config)
     hardware = find_hardware(config)
     made, lines = decide(config, hardware, "missing", with_data=True)
     for line in lines:
@@ -65,11 +67,32 @@ def train(config: TrainConfig) -> None:
     click.echo(render_plan(made))
     run = rundir.create(config, made)
     click.echo(f"run directory: {run.path}")
-    start(made, run, None)
+    start(made, run, None, config.hub_token)
 
 
-def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
-    """Run the processes to their end and print the summary."""
+def check_needs(config: TrainConfig, run: Path | None = None) -> None:
+    """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    trackers.check_installed(config.report_to)
+    check_bitsandbytes(config)
+    if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
+        read_text(config.raw_text)  # says why
+    export_after.check_ahead(config, run)
+
+
+def check_bitsandbytes(config: TrainConfig) -> None:
+    """Refuse 4-bit weights and bitsandbytes' optimizers without bitsandbytes."""
+    optimizer = any(part in config.optim for part in ("8bit", "paged", "lion", "bnb"))
+    if (config.load_in_4bit or optimizer) and not installed("bitsandbytes"):
+        asked = "load_in_4bit" if config.load_in_4bit else f"optim = {config.optim!r}"
+        raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", "`pip install bitsandbytes`.")
+
+
+def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None, hub_token: str | None = None) -> None:
+    """Run the processes to their end, print the summary, and make the exports that were asked for."""
     cores = psutil.cpu_count(logical=True) or 1
     spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
     try:
@@ -78,9 +101,10 @@ def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None) -> None:
         click.echo(summary(read_report(run.report), run.path))
     finally:
         try_to_write_page(run.path)
+    export_after.export_result(run, hub_token)
 
 
-def resume(path: Path) -> None:
+def resume(path: Path, hub_token: str | None = None) -> None:
     """Go on with a run from its last complete checkpoint.
 
     Raises:
@@ -102,5 +126,6 @@ def resume(path: Path) -> None:
             f"{path} has no complete checkpoint to go on from",
             "Start again with --save_steps N to have checkpoints.",
         )
+    check_needs(config.replace(hub_token=hub_token), run.path)
     click.echo(f"resuming from {complete[-1].name}")
-    start(made, run, complete[-1])
+    start(made, run, complete[-1], hub_token)

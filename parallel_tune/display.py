@@ -149,6 +149,10 @@ def summary(report: dict[str, Any], run: Path) -> str:
     if "held_out_loss_before" in report:
         before, after = report["held_out_loss_before"], report["held_out_loss_after"]
         lines.append(f"held-out loss {before:.4f} -> {after:.4f}")
+    if "stopped_early_at_step" in report:
+        lines.append(f"stopped early after step {report['stopped_early_at_step']}: the held-out loss fell no more")
+    if "best_step" in report:
+        lines.append(f"the result has the weights of step {report['best_step']}, the best evaluation")
     measured = [device for device in report["devices"] if "allocated_peak_bytes" in device]
     if measured:
         lines.append(

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -23,8 +23,14 @@ from strategies.errors import ConfigError, RunFailed
 
 METHODS = ("lora", "merged_16bit", "merged_4bit", "gguf")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
-"""What llama.cpp's converter writes by itself; smaller ones need its llama-quantize on the file."""
+"""What llama.cpp's converter writes by itself."""
+SMALLER_GGUF_TYPES = (
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
+    "q6_k",
+)  # fmt: skip
+"""What its llama-quantize makes of such a file."""
 CONVERTER = "convert_hf_to_gguf.py"
+QUANTIZER = "llama-quantize"
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,18 @@ class Export:
 
     Attributes:
         method: one of METHODS.
-        quantization: the type of a GGUF file.
+        quantizations: the types of the GGUF files, one file each.
         hub_path: the Hub repository to push to; None for none.
         converter: llama.cpp's script, where it is needed.
+        quantizer: its llama-quantize, likewise.
     """
 
     method: str
     save_path: str
-    quantization: str = "f16"
+    quantizations: tuple[str, ...] = ("f16",)
     hub_path: str | None = None
     converter: str | None = None
+    quantizer: str | None = None
 
 
 def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
@@ -55,8 +63,7 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
     run = RunDir(path.absolute())
     config, plan = run.read()
     wanted = check(run, config, wanted)
-    target = Path(wanted.save_path)
-    part = target.with_name(f".{target.name}.part")
+    part = unfinished(Path(wanted.save_path))
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -64,15 +71,17 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
         raise ConfigError(f"cannot write {part}: {error.strerror}", "Choose another --save_path.") from error
     card = model_card(config, plan, read_report(run.report), wanted.method)
     try:
-        _run_child(run, Export(**{**asdict(wanted), "save_path": str(part)}), card, hub_token)
-        if target.exists():
-            target.rmdir()  # empty, as was checked
-        part.rename(target)
+        _run_child(run, wanted, card, hub_token)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    click.echo(f"{wanted.method}: {target}")
+    click.echo(f"{wanted.method}: {wanted.save_path}")
     if wanted.hub_path:
         click.echo(f"pushed to {wanted.hub_path}")
+
+
+def unfinished(target: Path) -> Path:
+    """Where an export lies until it is complete."""
+    return target.with_name(f".{target.name}.part")
 
 
 def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
@@ -88,18 +97,29 @@ def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
         )
     if wanted.method == "lora" and config.full_finetuning:
         raise ConfigError("the run trained all weights: there is no adapter", "Use --save_method merged_16bit.")
+    return check_means(wanted)
+
+
+def check_means(wanted: Export) -> Export:
+    """The same as far as it does not depend on the run's result, so that it can be asked before training.
+
+    Raises:
+        ConfigError: the folder is taken, a GGUF type is unknown, or llama.cpp is not there.
+    """
     target = Path(wanted.save_path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{wanted.save_path} is there already", "Give a --save_path that is new or empty.")
-    converter = None
-    if wanted.method == "gguf":
-        if wanted.quantization not in GGUF_TYPES:
-            raise ConfigError(
-                f"llama.cpp's converter does not write {wanted.quantization!r}",
-                f"Choose {', '.join(GGUF_TYPES)}; then `llama-quantize FILE {wanted.quantization}` makes it smaller.",
-            )
-        converter = find_converter()
-    return Export(wanted.method, str(target), wanted.quantization, wanted.hub_path, converter)
+    wanted = replace(wanted, save_path=str(target))
+    if wanted.method != "gguf":
+        return wanted
+    unknown = [name for name in wanted.quantizations if name not in GGUF_TYPES + SMALLER_GGUF_TYPES]
+    if unknown or not wanted.quantizations:
+        raise ConfigError(
+            f"llama.cpp does not write {', '.join(unknown) or 'a GGUF file without a type'}",
+            f"Choose from {', '.join(GGUF_TYPES + SMALLER_GGUF_TYPES)}.",
+        )
+    smaller = any(name in SMALLER_GGUF_TYPES for name in wanted.quantizations)
+    return replace(wanted, converter=find_converter(), quantizer=find_quantizer() if smaller else None)
 
 
 def find_converter() -> str:
@@ -108,8 +128,7 @@ def find_converter() -> str:
     Raises:
         ConfigError: it is nowhere.
     """
-    named = os.environ.get("LLAMA_CPP_DIR")
-    folders = [Path(named)] if named else [Path("llama.cpp"), Path.home() / ".unsloth" / "llama.cpp"]
+    folders = _llama_cpp_folders()
     for folder in folders:
         if (folder / CONVERTER).is_file():
             return str((folder / CONVERTER).absolute())
@@ -120,6 +139,30 @@ def find_converter() -> str:
         f"--save_method gguf needs llama.cpp's {CONVERTER}, which is not in {', '.join(map(str, folders))} nor on PATH",
         "`git clone https://github.com/ggml-org/llama.cpp` here or set LLAMA_CPP_DIR; merged_16bit needs nothing more.",
     )
+
+
+def find_quantizer() -> str:
+    """llama.cpp's llama-quantize, built: in one of its folders or on PATH.
+
+    Raises:
+        ConfigError: it is nowhere.
+    """
+    for folder in _llama_cpp_folders():
+        for place in (folder / QUANTIZER, folder / "build" / "bin" / QUANTIZER):
+            if os.access(place, os.X_OK) and place.is_file():
+                return str(place.absolute())
+    on_path = shutil.which(QUANTIZER)
+    if on_path:
+        return on_path
+    raise ConfigError(
+        f"a GGUF file smaller than q8_0 needs llama.cpp's {QUANTIZER}, which is not built here nor on PATH",
+        f"Build llama.cpp, or choose {', '.join(GGUF_TYPES)}, which need its converter alone.",
+    )
+
+
+def _llama_cpp_folders() -> list[Path]:
+    named = os.environ.get("LLAMA_CPP_DIR")
+    return [Path(named)] if named else [Path("llama.cpp"), Path.home() / ".unsloth" / "llama.cpp"]
 
 
 def _run_child(run: RunDir, wanted: Export, card: str, hub_token: str | None) -> None:

@@ -6,6 +6,7 @@ python -m parallel_tune.export_worker RUN_DIRECTORY < {"wanted": ..., "card": ..
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
-from parallel_tune.export import Export
+from parallel_tune.export import GGUF_TYPES, Export, unfinished
 from parallel_tune.process import leave
 from parallel_tune.rundir import RunDir
 from strategies.errors import ParallelTuneError, RunFailed
@@ -40,9 +41,14 @@ def main(arguments: list[str]) -> NoReturn:
 
 
 def export(run: RunDir, wanted: Export, card: str) -> None:
-    """Write the export into its folder, with the card, and push it if asked."""
+    """Write the export into its folder, with the card, and push it if asked; a push that fails leaves the folder.
+
+    Raises:
+        RunFailed: the converter or the push failed.
+    """
     config, _ = run.read()
-    folder = Path(wanted.save_path)
+    target = Path(wanted.save_path)
+    folder = unfinished(target)
     match wanted.method:
         case "lora":
             shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
@@ -55,10 +61,21 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         case "gguf":
             with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
                 save_merged(run, config, Path(merged))
-                convert(Path(merged), folder / f"model-{wanted.quantization}.gguf", wanted)
+                write_gguf(Path(merged), folder, wanted)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if target.exists():
+        target.rmdir()  # empty, as was checked
+    folder.rename(target)
     if wanted.hub_path:
-        push(folder, wanted.hub_path)
+        try:
+            push(target, wanted.hub_path)
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise RunFailed(
+                f"{target} is written, but the push to {wanted.hub_path} failed: {message}",
+                f"`hf upload {wanted.hub_path} {target}` pushes it without a new export.",
+            ) from error
 
 
 def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
@@ -66,9 +83,13 @@ def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.float16 if config.dtype == "float16" else torch.bfloat16
+    from parallel_tune.engines.transformers import nf4
+
+    dtype = torch.float16 if config.named_dtype == "float16" else torch.bfloat16
     source = str(run.model) if config.full_finetuning else config.model
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    # A LoftQ adapter belongs to the rounded weights: added to the unrounded ones, it would correct them twice.
+    options: dict[str, Any] = {} if config.loftq_config is None else {"quantization_config": nf4(dtype)}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if getattr(model, "is_quantized", False):
         model = model.dequantize()
     if not config.full_finetuning:
@@ -94,20 +115,41 @@ def save_in_4bit(merged: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
 
 
-def convert(merged: Path, file: Path, wanted: Export) -> None:
+def write_gguf(merged: Path, folder: Path, wanted: Export) -> None:
+    """One file a type; types that the converter does not write are made from its 16-bit file.
+
+    Raises:
+        RunFailed: llama.cpp did not write a file.
+    """
+    for kind in wanted.quantizations:
+        file = folder / f"model-{kind}.gguf"
+        if kind in GGUF_TYPES:
+            convert(merged, file, kind, str(wanted.converter))
+            continue
+        whole = merged / "whole.gguf"
+        if not whole.exists():
+            convert(merged, whole, "auto", str(wanted.converter))
+        _run_llama_cpp([str(wanted.quantizer), str(whole), str(file), kind], file)
+
+
+def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
     """Run llama.cpp's converter.
 
     Raises:
         RunFailed: it did not write the file.
     """
-    command = [sys.executable, str(wanted.converter), str(merged), "--outfile", str(file)]
-    done = subprocess.run([*command, "--outtype", wanted.quantization], capture_output=True, text=True, check=False)
+    command = [sys.executable, converter, str(merged), "--outfile", str(file)]
+    _run_llama_cpp([*command, "--outtype", kind], file, "It needs the gguf and sentencepiece packages.")
+
+
+def _run_llama_cpp(command: list[str], file: Path, needs: str = "") -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise RunFailed(
-            f"{wanted.converter} ended with code {done.returncode}: {last}",
-            "It needs the gguf and sentencepiece packages; the export log has its whole output.",
+            f"making {file.name} ended with code {done.returncode}: {last}",
+            f"{needs} The export log has the whole output of {shlex.join(command)}".strip(),
         )
 
 

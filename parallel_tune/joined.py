@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import click
 
-from parallel_tune import planning, rundir
+from parallel_tune import export_after, planning, rundir
+from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
 from parallel_tune.display import summary
@@ -34,12 +35,13 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
         leave(int(decision[0]["code"]))
-    _obey(rundir.RunDir(decision[0]["run"]), launch.rank)
+    _obey(rundir.RunDir(decision[0]["run"]), launch.rank, config.hub_token)
 
 
 def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
     """Plan for exactly the processes that are there; what went wrong travels to the others as an exit code."""
     try:
+        check_needs(config)
         plan = plan_for(config, launch.world_size, launch.launcher)
         run = rundir.create(config, plan)
     except ParallelTuneError as error:
@@ -85,7 +87,7 @@ def plan_for(config: TrainConfig, world_size: int, launcher: str) -> Plan:
     return plan
 
 
-def _obey(run: rundir.RunDir, rank: int) -> NoReturn:
+def _obey(run: rundir.RunDir, rank: int, hub_token: str | None) -> NoReturn:
     from parallel_tune.worker import run_to_its_end
 
     def tell(outcome: rundir.Outcome) -> None:
@@ -95,5 +97,11 @@ def _obey(run: rundir.RunDir, rank: int) -> NoReturn:
             click.echo(summary(read_report(run.report), run.path))
         if rank == 0:
             try_to_write_page(run.path)
+        if rank == 0 and outcome.code == 0:
+            try:
+                export_after.export_result(run, hub_token)
+            except ParallelTuneError as error:
+                click.echo(f"parallel-tune: {error}", err=True)
+                leave(error.exit_code)
 
     run_to_its_end(run, rank, None, tell)

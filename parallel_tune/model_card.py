@@ -11,16 +11,17 @@ from parallel_tune.config import TrainConfig
 from strategies.contracts import Plan
 
 SETTINGS = (
-    "full_finetuning", "load_in_4bit", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
-    "max_seq_length", "answers_only", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "full_finetuning", "load_in_4bit", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_rslora",
+    "use_dora", "loftq_config", "max_seq_length", "answers_only", "learning_rate", "lr_scheduler_type", "warmup",
+    "weight_decay",
     "max_grad_norm", "optim", "num_train_epochs", "max_steps", "seed", "dtype",
 )  # fmt: skip
-ADAPTER_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+ADAPTER_ONLY = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_rslora", "use_dora", "loftq_config")
 
 
 def model_card(config: TrainConfig, plan: Plan, report: dict[str, Any], method: str) -> str:
     """The text of README.md; local paths are given by their last part only."""
-    base, dataset = public_name(config.model), public_name(config.dataset)
+    base, dataset = public_name(config.model), public_name(config.data_source)
     front: dict[str, Any] = {
         "library_name": "peft" if method == "lora" else "transformers",
         "pipeline_tag": "text-generation",

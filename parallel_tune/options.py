@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
 import click
@@ -11,15 +12,40 @@ import click
 from parallel_tune.config import TrainConfig
 
 TOKENS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
+LAST_GROUP = "Other"
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class GroupedOption(click.Option):
-    """An option that knows its help group and whether short help shows it."""
+    """An option that knows its help group, whether short help shows it, and whether it takes several words."""
 
-    def __init__(self, *args: Any, group: str = "Other", basic: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, group: str = LAST_GROUP, basic: bool = True, several: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
         self.basic = basic
+        self.several = several
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As click's, under the option's own name: the other names that it takes would drown it."""
+        record = super().get_help_record(ctx)
+        if record is None or len(self.opts) == 1 or self.name is None or f"--{self.name}" not in self.opts:
+            return record
+        ending = "".join(f" / {name}" for name in self.secondary_opts) if self.is_flag else f" {self.make_metavar(ctx)}"
+        return f"--{self.name}{ending}", record[1]
+
+
+class Words(click.Choice):  # type: ignore[type-arg]
+    """A choice that knows other words for its values."""
+
+    def __init__(self, choices: tuple[str, ...], synonyms: Mapping[str, str]) -> None:
+        super().__init__(choices)
+        self._synonyms = synonyms
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value itself, or the one that it is another word for."""
+        return super().convert(self._synonyms.get(str(value).lower(), value), param, ctx)
 
 
 class GroupedHelp(click.Command):
@@ -31,10 +57,33 @@ class GroupedHelp(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record and (everything or getattr(parameter, "basic", True)):
-                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
-        for name, records in groups.items():
+                groups.setdefault(getattr(parameter, "group", LAST_GROUP), []).append(record)
+        for name, records in sorted(groups.items(), key=lambda group: group[0] == LAST_GROUP):
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+class SettingsCommand(GroupedHelp):
+    """A command of options alone, which takes them as other tools write them: `--bf16 true`, `--report_to a b`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Bring such words into click's form first."""
+        by_name = {name: item for item in self.params if isinstance(item, GroupedOption) for name in item.opts}
+        joined: list[str] = []
+        rest = list(args)
+        while rest:
+            word = rest.pop(0)
+            option = by_name.get("--" + word[2:].replace("-", "_")) if word.startswith("--") else None
+            if option is not None and option.is_flag and rest and rest[0].lower() in TRUTH and option.secondary_opts:
+                word = option.opts[0] if TRUTH[rest.pop(0).lower()] else option.secondary_opts[0]
+            joined.append(word)
+            if option is not None and option.several:
+                values = list(itertools.takewhile(lambda part: not part.startswith("-"), rest))
+                del rest[: len(values)]
+                if not values and not ctx.resilient_parsing:  # click would take the next option for its value
+                    raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
+                joined += [",".join(values)] if values else []
+        return super().parse_args(ctx, joined)
 
 
 def show_all_help(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -51,7 +100,7 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for item in reversed(dataclasses.fields(TrainConfig)):
         command = _option(item, hints[item.name])(command)
     command = click.option(
-        "--config", "config_file", type=click.Path(dir_okay=False), cls=GroupedOption, group="Other",
+        "--config", "config_file", type=click.Path(dir_okay=False), cls=GroupedOption,
         help="Recipe in YAML; options on the command line win over it.",
     )(command)  # fmt: skip
     return click.option(
@@ -74,7 +123,7 @@ def some_train_options(*names: str) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def _option(item: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    default = item.default if item.default is not dataclasses.MISSING else None
+    default = default_of(item)
     shown = "" if default is None or isinstance(default, bool) else f"  [default: {default}]"
     kind = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
     names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
@@ -89,8 +138,20 @@ def _option(item: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., 
         names[0] = f"--{item.name}/--no_{item.name}"
         return click.option(*names, item.name, **common)
     if item.metadata["choices"]:
-        return click.option(*names, item.name, type=click.Choice(item.metadata["choices"]), **common)
+        return click.option(
+            *names, item.name, type=Words(item.metadata["choices"], item.metadata["synonyms"]), **common
+        )
+    if {int, float} <= set(get_args(hint)):
+        kind = float
+    common["several"] = hint == list[str]
     return click.option(*names, item.name, type=kind if kind in (int, float) else str, **common)
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """A setting's default, lists as they are written on the command line."""
+    if item.default_factory is not dataclasses.MISSING:
+        return ",".join(item.default_factory())
+    return item.default
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

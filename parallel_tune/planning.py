@@ -15,6 +15,7 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.parameters import adapts_experts
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from strategies.base import Estimator
@@ -91,7 +92,7 @@ def _plan(
     padding = decide_padding(config, facts, engine, hardware, dtype)
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
     work = replace(workload(config, facts, engine), capture=not uncaptured)
-    settings = training_settings(config, engine, dtype, padding.free)
+    settings = training_settings(config, facts, engine, dtype, padding.free)
     estimator = estimating(settings)
     if rows is not None:
         rows = rows.cut(config.max_seq_length)
@@ -147,17 +148,26 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
 
 def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
     """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
-    if config.dtype != "auto":
-        return config.dtype
+    if config.named_dtype != "auto":
+        return config.named_dtype
     if hardware.kind == "cpu":
         return "float32"
     return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
 
 
 def training_settings(
-    config: TrainConfig, engine: EngineName, dtype: str, padding_free: bool = False
+    config: TrainConfig, facts: ModelFacts, engine: EngineName, dtype: str, padding_free: bool = False
 ) -> TrainingSettings:
-    """What the memory estimate needs to know of the settings."""
+    """What the memory estimate needs to know of the settings.
+
+    Raises:
+        ConfigError: DoRA was asked for where peft has none.
+    """
+    if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
+        raise ConfigError(
+            f"use_dora: peft has no DoRA for the experts of {config.model}",
+            "Drop --use_dora, or name only attention's --target_modules.",
+        )
     # Attention that keeps to rows by their boundaries has no mask; eager attention has nothing else.
     unmasked = padding_free and config.attn_implementation != "eager"
     fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
@@ -167,6 +177,8 @@ def training_settings(
         lora_rank=config.r,
         lora_targets=tuple(config.target_modules),
         lora_dropout=config.lora_dropout,
+        use_dora=config.use_dora,
+        bias=config.bias,
         compute_dtype=dtype,
         weights_dtype="float32" if config.full_finetuning and dtype == "float16" else None,
         optimizer=config.optim,
@@ -207,6 +219,8 @@ def _suggestions(
         fits("--load_in_4bit", config.replace(load_in_4bit=True))
     if config.full_finetuning:
         fits("LoRA instead of --full_finetuning", config.replace(full_finetuning=False))
+    if config.use_dora:
+        fits("LoRA without --use_dora", config.replace(use_dora=False))
     if config.use_gradient_checkpointing == "none":
         fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
     if config.per_device_train_batch_size is not None:

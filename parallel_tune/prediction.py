@@ -70,7 +70,7 @@ def predict_for_rows(
     """
     padding_free = rows.padded_reason is None
     facts = load_model_facts(config.model)
-    settings = training_settings(config, plan.engine, plan.dtype, padding_free)
+    settings = training_settings(config, facts, plan.engine, plan.dtype, padding_free)
     settings = replace(settings, sequence_length=rows.largest_micro_batch if padding_free else rows.longest)
     if rows.alike:
         settings = replace(settings, attention_mask=False)  # rows of one length need none

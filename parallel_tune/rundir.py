@@ -102,7 +102,14 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
         path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
     run = RunDir(path.absolute())
     # A resume may come from another working directory.
-    config = config.replace(model=_absolute(config.model), dataset=_absolute(config.dataset))
+    raw_text_file = _absolute(config.raw_text_file) if config.raw_text_file else None
+    save_path = str(Path(config.save_path).expanduser().absolute()) if config.save_path else None
+    config = config.replace(
+        model=_absolute(config.model),
+        dataset=_absolute(config.dataset),
+        raw_text_file=raw_text_file,
+        save_path=save_path,
+    )
     if run.plan.exists() or run.config.exists():
         raise ConfigError(
             f"{path} holds a run already",

@@ -76,7 +76,9 @@ def with_traces(plan: Plan, config: TrainConfig, process: TraceProcess) -> Plan:
     """
     facts = process.facts
     arrangement = arrangement_of(plan)
-    settings = as_traced(training_settings(config, plan.engine, plan.dtype, plan.padding_free), arrangement.micro_batch)
+    settings = as_traced(
+        training_settings(config, facts, plan.engine, plan.dtype, plan.padding_free), arrangement.micro_batch
+    )
     formula = ClosedFormEstimator(facts, settings)
     if arrangement.gradient_checkpointing == "unsloth":
         arrangement = replace(arrangement, gradient_checkpointing="full")

@@ -10,6 +10,8 @@ from strategies.errors import ConfigError
 
 AUTO = "auto"
 NONE = "none"
+ALL = "all"
+WORDS = (AUTO, NONE, ALL)
 PACKAGES: dict[str, tuple[str, ...]] = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -33,16 +35,16 @@ def check_names(names: Sequence[str]) -> None:
     """Refuse trackers that nobody knows.
 
     Raises:
-        ConfigError: an unknown name, or "auto" or "none" beside others.
+        ConfigError: an unknown name, or "auto", "all" or "none" beside others.
     """
     for name in names:
-        if name in (AUTO, NONE) and len(names) > 1:
+        if name in WORDS and len(names) > 1:
             raise ConfigError(
                 f"report_to = {', '.join(names)}: {name} stands alone", "Name the trackers, or one of it."
             )
-        if name not in PACKAGES and name not in (AUTO, NONE):
+        if name not in PACKAGES and name not in WORDS:
             near = difflib.get_close_matches(name, PACKAGES, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(PACKAGES)}; or {AUTO}, or {NONE}."
+            hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(PACKAGES)}; or {', '.join(WORDS)}."
             raise ConfigError(f"report_to = {name!r} is no tracker that is known", hint)
 
 
@@ -62,9 +64,11 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The trackers to report to: "auto" is TensorBoard where it is installed."""
+    """The trackers to report to: "auto" is TensorBoard where it is installed, "all" whatever is."""
     if list(names) == [AUTO]:
         return ["tensorboard"] if _installed("tensorboard") else []
+    if list(names) == [ALL]:
+        return [name for name in PACKAGES if _installed(name)]
     return [name for name in names if name != NONE]
 
 

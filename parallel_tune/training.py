@@ -63,6 +63,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self._keep = keep
         self._pad = pad
         self._evaluated: tuple[int, float] | None = None
+        self._has_best = False
         self._waiting: list[Any] = []
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
@@ -193,9 +194,17 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         loss = held_out_loss(self.model, rows, self._pad, self.args.per_device_eval_batch_size, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
+        if self._has_best:
+            return metrics  # the weights of an earlier step: no row of this one
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _load_best_model(self) -> None:
+        """The weights of the best evaluation; what was evaluated last is no longer the model."""
+        super()._load_best_model()
+        self._evaluated = None
+        self._has_best = True
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -208,7 +217,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self.session.barrier()
         if self.session.is_main:
             mark_complete(checkpoint)
-            rotate(checkpoint.parent, self._keep)
+            best = self.state.best_model_checkpoint
+            rotate(checkpoint.parent, self._keep, Path(best) if best and self.args.load_best_model_at_end else None)
         self.session.barrier()
 
 
@@ -243,8 +253,12 @@ def build_trainer(
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
+        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
+        warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
         seed=config.seed,
@@ -255,10 +269,13 @@ def build_trainer(
         logging_first_step=True,
         # It hides a loss that is not finite, and waits for the GPU in every micro-batch.
         logging_nan_inf_filter=False,
-        save_strategy="steps" if config.save_steps else "no",
+        save_strategy=config.saves,
         save_steps=config.save_steps or 500,
-        eval_strategy="steps" if config.eval_steps and held_out_rows is not None else "no",
+        eval_strategy=config.evaluates,
         eval_steps=config.eval_steps or None,
+        load_best_model_at_end=config.load_best_model_at_end,
+        metric_for_best_model=config.metric_for_best_model,
+        greater_is_better=False,
         report_to=chosen(config.report_to) or "none",
         ddp_timeout=config.ddp_timeout,
         disable_tqdm=True,

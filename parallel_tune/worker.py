@@ -105,6 +105,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.gathering import choose_gathering
     from parallel_tune.prediction import trained_rows
     from parallel_tune.sampler import GlobalBatches
+    from parallel_tune.stopping import StopEarly, check_reached
     from parallel_tune.tracing import predict_for_rows
     from parallel_tune.training import build_trainer
     from strategies.registry import load_registry
@@ -121,6 +122,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
         global_batch=plan.global_batch,
         seed=config.seed,
     )
+    check_reached(config, batches.steps_per_epoch)
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
@@ -139,13 +141,15 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
         data_part.save(run.data)
         print(*data_part.lines(), *gathering.said(), sep="\n")
     metrics = MetricsWriter(run, batches, session)
+    patience = config.early_stopping_patience
+    early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [metrics, stop], gathering.gather,
+        engine.training_arguments(plan), [metrics, stop, *early], gathering.gather,
     )  # fmt: skip
-    losses: dict[str, float] = {}
+    results: dict[str, float] = {}
     if held_out_rows is not None:
-        losses["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
+        results["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Stopped(
@@ -154,13 +158,17 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
             f"Go on with `parallel-tune resume {run.path}`.",
         )
     if held_out_rows is not None:
-        losses["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+        results["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
+    if early and early[0].stopped_at_step is not None:
+        results["stopped_early_at_step"] = early[0].stopped_at_step
+    if config.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        results["best_step"] = trainer.state.best_global_step
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
     steps = trainer.state.global_step
     rows = trained_rows(batches, plan, steps, gathering.padded_reason, gathering.sizes)
     report.write(
-        run, config, plan, session, metrics, steps, losses, data_report, rows, time.monotonic() - started,
+        run, config, plan, session, metrics, steps, results, data_report, rows, time.monotonic() - started,
     )  # fmt: skip
     session.barrier()
     session.close()

@@ -12,6 +12,7 @@ from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import whole
 from strategies.contracts import Arrangement, Checkpointing, Part
 
+DORA = {"method": "lora", "use_dora": True}
 LORA_4BIT = {"method": "lora", "load_in_4bit": True}
 ATTENTION = {"method": "lora", "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
@@ -22,6 +23,9 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("meta-llama/Llama-3.1-8B", LORA_4BIT, "none", 1),
     ("Qwen/Qwen3-8B", LORA_4BIT, "full", 1),
     ("Qwen/Qwen3-8B", {"method": "lora", "attention_mask": True}, "none", 1),
+    ("meta-llama/Llama-3.2-1B", DORA, "none", 2),
+    ("Qwen/Qwen3-8B", DORA, "full", 1),
+    ("Qwen/Qwen2.5-7B", {"method": "lora", "bias": "all"}, "none", 1),
     ("Qwen/Qwen2.5-7B", {"method": "full"}, "none", 1),
     ("google/gemma-2-2b", {"method": "lora", "sequence_length": 6144}, "none", 1),
     ("google/gemma-3-1b-pt", {"method": "lora"}, "full", 1),
@@ -48,6 +52,30 @@ def test_whole_models_agree_with_their_traces(row: tuple[str, dict[str, Any], Ch
     facts = load_model_facts(name)
     error = compare(facts, options, whole(facts), Arrangement(1, 1, accumulation, checkpointing))
     assert abs(error) < 0.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only", "use_dora": True, "lora_targets": ("q_proj", "o_proj")},
+    ],
+)
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B", "meta-llama/Llama-3.2-1B", "google/gemma-2-2b"])
+def test_adapters_have_as_many_bytes_as_pefts(name: str, options: dict[str, Any]) -> None:
+    import torch
+
+    from parallel_tune.memory.fake_model import build_model, cut_to
+
+    facts = cut_to(load_model_facts(name), (0, 1))
+    settings = TrainingSettings(**options)
+    model = build_model(facts, settings, whole(facts), torch.device("meta"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    phase = ClosedFormEstimator(facts, settings).phases(whole(facts), Arrangement(1, 1, 1, "none"))[0]
+    assert phase.adapters_bytes == 4 * trained > 0
+    assert phase.optimizer_bytes == 8 * trained
 
 
 @pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora"}, LORA_4BIT], ids=["full", "lora", "4bit"])

@@ -61,7 +61,9 @@ def encode_rows(
     return found, report
 
 
-def chunk_text(text: str, tokenizer: Any, chunk_size: int, stride: int = 0) -> tuple[EncodedRows, DataReport]:
+def chunk_text(
+    text: str, tokenizer: Any, chunk_size: int, stride: int = 0, max_rows: int | None = None
+) -> tuple[EncodedRows, DataReport]:
     """A long text as rows of at most `chunk_size` tokens, of which `stride` repeat the end of the row before.
 
     Repeated tokens are context and not learned again, so every token is predicted once; without a stride the first
@@ -80,7 +82,7 @@ def chunk_text(text: str, tokenizer: Any, chunk_size: int, stride: int = 0) -> t
         window = ids[start : start + chunk_size]
         known = max(1, stride if start else 0)
         rows.append({"input_ids": window, "labels": [IGNORED] * known + window[known:]})
-        if start + chunk_size >= len(ids):
+        if start + chunk_size >= len(ids) or len(rows) == max_rows:
             break
         start += chunk_size - stride
     return rows, describe(rows, "raw text")

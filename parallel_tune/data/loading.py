@@ -47,6 +47,23 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
     return rows
 
 
+def read_text(name: str) -> str:
+    """A text file, whole.
+
+    Raises:
+        ConfigError: it is not there, is a folder, or is not UTF-8.
+    """
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"the text file {name!r} is not there", _near(path) or "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text: byte {error.start}", "save it in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror or error}", "check the file and its rights") from error
+
+
 def _looks_local(dataset: str) -> bool:
     known = Path(dataset).suffix.lower() in READERS
     return known or dataset.startswith((".", "/", "~")) or _HUB_ID.fullmatch(dataset) is None

@@ -29,6 +29,11 @@ class Engine(Protocol):
         """TrainingArguments that the engine needs, by their transformers names."""
 
 
+def target_modules(config: TrainConfig) -> str | list[str]:
+    """The adapted modules in peft's words, for which all-linear is no list."""
+    return "all-linear" if config.target_modules == ["all-linear"] else list(config.target_modules)
+
+
 def installed(package: str) -> bool:
     """Whether a package can be found, without importing it."""
     try:

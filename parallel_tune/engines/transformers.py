@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.engines import target_modules
 from strategies.base import Session
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -43,20 +44,26 @@ class TransformersEngine:
         from peft import LoraConfig, get_peft_model
         from transformers import set_seed
 
+        from parallel_tune.engines.loftq import begin_with_loftq
+
         model.requires_grad_(False)
         set_seed(config.random_state)
-        return get_peft_model(
+        adapted = get_peft_model(
             model,
             LoraConfig(
                 r=config.r,
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 bias=config.bias,
-                target_modules=list(config.target_modules),
+                target_modules=target_modules(config),
                 use_rslora=config.use_rslora,
+                use_dora=config.use_dora,
                 task_type="CAUSAL_LM",
             ),
         )
+        if config.loftq_config is not None:
+            begin_with_loftq(adapted, config.model, config.r)
+        return adapted
 
     def training_arguments(self, plan: Plan) -> dict[str, Any]:
         if plan.gradient_checkpointing == "none":

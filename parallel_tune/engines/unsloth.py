@@ -7,6 +7,7 @@ from typing import Any
 
 from parallel_tune.cache import cache_folder
 from parallel_tune.config import TrainConfig
+from parallel_tune.engines import target_modules
 from strategies.base import Session
 from strategies.contracts import Plan
 
@@ -51,18 +52,24 @@ class UnslothEngine:
             return model
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.get_peft_model(
+        from parallel_tune.engines.loftq import begin_with_loftq
+
+        adapted = FastLanguageModel.get_peft_model(
             model,
             r=config.r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             bias=config.bias,
-            target_modules=list(config.target_modules),
+            target_modules=target_modules(config),
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
             use_gradient_checkpointing=checkpointing(plan),
             random_state=config.random_state,
             max_seq_length=config.max_seq_length,
         )
+        if config.loftq_config is not None:
+            begin_with_loftq(adapted, config.model, config.r)
+        return adapted
 
     def training_arguments(self, plan: Plan) -> dict[str, Any]:
         # Unsloth's checkpointing is set on the model; the trainer must not switch on another.

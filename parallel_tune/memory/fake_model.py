@@ -218,7 +218,12 @@ def _with_adapters(model: Any, settings: TrainingSettings) -> Any:
         counted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, CountedLinear4bit)}
         targets = sorted(counted) or ALL_LINEAR
     config = LoraConfig(
-        r=settings.lora_rank, target_modules=targets, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM"
+        r=settings.lora_rank,
+        target_modules=targets,
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.use_dora,
+        bias=settings.bias,
+        task_type="CAUSAL_LM",
     )
     if settings.load_in_4bit:
         model.is_loaded_in_4bit = True

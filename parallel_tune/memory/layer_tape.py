@@ -72,8 +72,11 @@ def layer_segment(
 
 
 def _decoder_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
-    """LlamaDecoderLayer.forward and its relatives: two blocks, each normalised before and added to its own input."""
-    if scene.settings.engine == "unsloth" and scene.settings.method == "lora":
+    """LlamaDecoderLayer.forward and its relatives: two blocks, each normalised before and added to its own input.
+
+    Unsloth's own functions know no DoRA: such a layer goes through peft's, which is what is counted.
+    """
+    if scene.settings.engine == "unsloth" and scene.settings.method == "lora" and not scene.settings.use_dora:
         return unsloth_layer(tape, scene, facts, layer, micro_batch, source)
     normed = _norm(tape, scene, facts, source)
     inner = _attention(tape, scene, facts, layer, micro_batch, normed)

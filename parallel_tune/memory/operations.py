@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from parallel_tune.memory.parameters import ALL_LINEAR, Linear
 from parallel_tune.memory.settings import TrainingSettings
-from parallel_tune.memory.tape import Tape, Value
+from parallel_tune.memory.tape import Buffer, Tape, Value
 
 FLOAT32_BYTES = 4
 
@@ -135,11 +135,18 @@ def _adapted(tape: Tape, scene: Scene, source: Value, result: Value, shape: Line
         tape.release(mask)
     else:
         dropped.buffer.references += 1
+    kept = dora_weights(tape, scene, shape) if settings.use_dora else tape.hold(0)
     narrow = cast(tape, dropped, scene.bytes_of(shape.inputs))
     down = _adapter_matrix(tape, scene, narrow, rank, shape.inputs, rank)
     tape.drop(narrow)
     up = _adapter_matrix(tape, scene, down, shape.outputs, rank, shape.outputs)
-    tape.drop(down, dropped)
+    tape.drop(down)
+    if settings.use_dora:
+        total = dora_sum(tape, scene, result, dropped, up, shape)
+        tape.release(kept)
+        tape.drop(dropped, wide)
+        return total
+    tape.drop(dropped)
     scaled = tape.operation(up.size_bytes, ((up, up.size_bytes),))
     tape.drop(up)
     total = tape.operation(result.size_bytes, ((result, None), (scaled, None)))
@@ -160,6 +167,59 @@ def _adapter_matrix(tape: Tape, scene: Scene, source: Value, rows: int, columns:
     )
     tape.release(weight)
     return result
+
+
+def dora_weights(tape: Tape, scene: Scene, shape: Linear) -> Buffer:
+    """Tensors as large as the weight, for its norm (peft.tuners.lora.dora.DoraLinearLayer.forward): B A as a product
+    with an identity matrix, the base weight in the input's dtype, and for a moment their scaled sum. Returns those that
+    live until the layer's product is done."""
+    settings, elements = scene.settings, shape.weight_parameters
+    wide_bytes = scene.element_bytes if settings.load_in_4bit else settings.adapter_bytes
+    is_cast = wide_bytes != scene.element_bytes
+    identity, rank = shape.inputs * shape.inputs, settings.lora_rank
+    is_recast = settings.adapter_bytes != scene.element_bytes
+    tape.release(tape.hold(identity * (settings.adapter_bytes + (scene.element_bytes if is_recast else 0))))
+    graph = identity + shape.inputs * rank + (rank * (shape.inputs + shape.outputs) if is_recast else 0)
+    kept = (graph + elements) * scene.element_bytes
+    if is_cast:
+        kept += 2 * elements * wide_bytes
+    elif settings.load_in_4bit:
+        kept += elements * scene.element_bytes
+    buffer = tape.hold(kept)
+    tape.release(tape.hold(2 * elements * wide_bytes))
+    return buffer
+
+
+def dora_sum(tape: Tape, scene: Scene, result: Value, source: Value, up: Value, shape: Linear) -> Value:
+    """`x W + (m - 1) x W + m B A x`, where the magnitude m is float32 and so is whatever it is multiplied with."""
+    settings = scene.settings
+    wide_bytes = scene.tokens * shape.outputs * settings.adapter_bytes
+    base = result
+    if (
+        settings.lora_dropout > 0
+    ):  # the base's product anew, from the dropped input; it keeps its own copy of the weight
+        weight = tape.hold(shape.weight_parameters * scene.element_bytes)
+        base = tape.operation(result.size_bytes, ((source, source.size_bytes),), (weight,))
+        tape.release(weight)
+    magnitude = (shape.outputs * settings.adapter_bytes,)
+    resized = tape.operation(
+        wide_bytes, ((base, base.size_bytes),), (base,), magnitude, backward_scratch_bytes=wide_bytes
+    )
+    if base is not result:
+        tape.drop(base)
+    product = tape.operation(wide_bytes, ((up, up.size_bytes),), (up,), magnitude, backward_scratch_bytes=wide_bytes)
+    tape.drop(up)
+    scaled = tape.operation(wide_bytes, ((product, wide_bytes),))
+    tape.drop(product)
+    both = add(tape, resized, scaled)
+    tape.drop(resized, scaled)
+    total = tape.operation(wide_bytes, ((result, result.size_bytes), (both, None)))
+    tape.drop(result, both)
+    if wide_bytes == scene.bytes_of(shape.outputs):
+        return total
+    narrow = cast(tape, total, scene.bytes_of(shape.outputs))
+    tape.drop(total)
+    return narrow
 
 
 def add(tape: Tape, left: Value, right: Value) -> Value:

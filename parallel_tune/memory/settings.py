@@ -20,6 +20,8 @@ class TrainingSettings:
         method: every weight, or LoRA adapters beside frozen ones.
         load_in_4bit: the frozen linears are held as nf4 with double quantisation.
         lora_targets: names of the adapted linears; ("all-linear",) for all but the head.
+        use_dora: each adapted linear has a trained magnitude per output beside its two matrices.
+        bias: which biases train beside adapters, in peft's words.
         compute_dtype: dtype of the forward pass, and of weights that are not quantised.
         weights_dtype: dtype of the weights when it is not the compute dtype (float32 master weights).
         optimizer: transformers' name of the optimizer.
@@ -38,6 +40,8 @@ class TrainingSettings:
     lora_rank: int = 16
     lora_targets: tuple[str, ...] = DEFAULT_TARGETS
     lora_dropout: float = 0.0
+    use_dora: bool = False
+    bias: str = "none"
     compute_dtype: str = "bfloat16"
     weights_dtype: str | None = None
     optimizer: str = "adamw_torch"

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import PartParameters, adapter_shapes, layer_linears, part_parameters
+from parallel_tune.memory.parameters import (
+    PartParameters,
+    adapted_linears,
+    adapter_shapes,
+    layer_linears,
+    part_parameters,
+)
 from parallel_tune.memory.settings import TrainingSettings
 from strategies.contracts import Part
 from strategies.errors import ConfigError
@@ -102,6 +108,12 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
     layers = range(part.first_layer, part.last_layer + 1)
     if settings.method == "lora":
         sizes = [r * c for i in layers for r, c in adapter_shapes(facts, i, settings.lora_rank, settings.lora_targets)]
+        for layer in layers:
+            adapted = adapted_linears(facts, layer, settings.lora_targets)
+            if settings.use_dora:
+                sizes += [linear.outputs for linear in adapted]
+            biased = {"none": (), "lora_only": adapted, "all": layer_linears(facts, layer)}[settings.bias]
+            sizes += [linear.bias_parameters for linear in biased]
         return sum(sizes), sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
     small = 0
     for layer in layers:

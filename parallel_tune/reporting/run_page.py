@@ -53,7 +53,7 @@ def render(run: RunFigures) -> str:
     return page(
         f"{run.name}: {model}",
         tag("h1", model),
-        tag("p", headline(run.plan), f" · {run.kind} · {run.config.dataset}", class_="muted"),
+        tag("p", headline(run.plan), f" · {run.kind} · {run.config.data_source}", class_="muted"),
         ended if run.ended != "finished" else "",
         _facts(run),
         tag("h2", "Training"),
@@ -84,6 +84,8 @@ def _facts(run: RunFigures) -> Markup:
         first, last = run.held_out[0]["eval_loss"], run.held_out[-1]["eval_loss"]
         change = f"{first:.4f} → {last:.4f}" if len(run.held_out) > 1 else f"{last:.4f}"
         said.append(("held-out loss", change))
+    if run.report and "best_step" in run.report:
+        said.append((f"of the result: step {run.report['best_step']}", f"{run.report['held_out_loss_after']:.4f}"))
     return tag(
         "div", *(tag("div", tag("b", value), tag("span", name), class_="fact") for name, value in said), class_="facts"
     )

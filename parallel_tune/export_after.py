@@ -1,0 +1,84 @@
+"""Exports that a training run was asked for: checked before it begins, made when its result is on disk."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from parallel_tune.config import TrainConfig
+from parallel_tune.export import Export, check_means, export_run
+from parallel_tune.rundir import RunDir
+from strategies.errors import ConfigError, ParallelTuneError, RunFailed
+
+
+def wanted_export(config: TrainConfig, run: Path) -> Export | None:
+    """What the settings ask for, as unsloth-cli.py reads them: GGUF files take the place of the merged model."""
+    if config.save_gguf or config.push_gguf:
+        hub_path = config.hub_path if config.push_model or config.push_gguf else None
+        return Export("gguf", config.save_path or str(run / "gguf"), tuple(config.quantization), hub_path)
+    if config.save_model or config.push_model:
+        hub_path = config.hub_path if config.push_model else None
+        return Export(config.save_method, config.save_path or str(run / config.save_method), hub_path=hub_path)
+    return None
+
+
+def check_ahead(config: TrainConfig, run: Path | None = None) -> None:
+    """Refuse an export that could not be made, before anything is trained.
+
+    Args:
+        run: the run's directory, where it is there already.
+
+    Raises:
+        ConfigError: the folder is taken, llama.cpp is not there, or there is no token for a push.
+    """
+    wanted = wanted_export(config, run or Path(config.output_dir or "outputs/new"))
+    if wanted is None:
+        return
+    check_means(wanted)
+    if wanted.hub_path is None:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(wanted.hub_path)
+    except HFValidationError as error:
+        raise ConfigError(f"hub_path: {error}", "Write it as NAME/MODEL.") from error
+    if not config.hub_token and not get_token():
+        raise ConfigError(
+            f"the push to {wanted.hub_path} needs a token, and there is none",
+            "Set HF_TOKEN, log in with `hf auth login`, or give --hub_token.",
+        )
+
+
+def export_result(run: RunDir, hub_token: str | None) -> None:
+    """Make the export of a finished run, if one was asked for.
+
+    Raises:
+        RunFailed: it could not be made; the trained weights are untouched.
+    """
+    config, _ = run.read()
+    wanted = wanted_export(config, run.path)
+    if wanted is None:
+        return
+    try:
+        export_run(run.path, wanted, hub_token)
+    except KeyboardInterrupt as error:
+        raise _failed(run, config, wanted, RunFailed("interrupted")) from error
+    except ParallelTuneError as error:
+        raise _failed(run, config, wanted, error) from error
+
+
+def _failed(run: RunDir, config: TrainConfig, wanted: Export, error: ParallelTuneError) -> RunFailed:
+    command = ["parallel-tune", "export", str(run.path), "--save_method", wanted.method, "--save_path", "NEW_FOLDER"]
+    if wanted.method == "gguf":
+        command += ["--quantization", ",".join(wanted.quantizations)]
+    if wanted.hub_path:
+        command += ["--hub_path", wanted.hub_path]
+    failed = RunFailed(
+        f"training is done and {run.result(config)} is complete, but the export failed: {error.message}",
+        f"{error.hint}\n`{shlex.join(command)}` makes it again.".strip(),
+    )
+    failed.trace = error.trace
+    return failed

@@ -1,0 +1,131 @@
+"""Early stopping, the best weights, and which checkpoints stay: the same under every strategy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel_tune.checkpoint import mark_complete, rotate
+from parallel_tune.stopping import evaluations_without_progress
+
+RATE = "--learning_rate=0.05"
+"""So high that the held-out loss soon rises."""
+EVALUATE = ("--eval_steps=2", "--load_best_model_at_end", "--save_total_limit=1", RATE, "--num_train_epochs=8")
+LAYOUTS = {
+    "one": ("--strategy=ddp", "--hardware=cpu:1"),
+    "ddp": ("--strategy=ddp", "--hardware=cpu:2"),
+    "split": ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on"),
+}
+
+
+@pytest.fixture(scope="module")
+def run_it(tune: Any, tied_model: Path, rows_file: Path) -> Any:
+    """The command on rows of which six are held out."""
+    data = (f"--model={tied_model}", f"--dataset={rows_file}", "--val_size=6", "--max_seq_length=128")
+    return type(tune)(tune.folder, (*data, "--global_batch_size=12", "--answers_only"))
+
+
+def held_out(run: Path) -> dict[int, float]:
+    """Held-out losses by step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_kept(
+    layout: str, run_it: Any, tied_model: Path, rows_file: Path
+) -> None:
+    run = run_it(*LAYOUTS[layout], *EVALUATE, "--early_stopping_patience=2", "--warmup_steps=0")
+    losses, stopped = held_out(run.run), run.report["stopped_early_at_step"]
+    during = {step: loss for step, loss in losses.items() if step > 0}
+    best = min(during, key=lambda step: during[step])
+    assert during[stopped] > during[best]
+    assert run.report["steps"] == stopped == best + 4 < 40
+    assert run.report["best_step"] == best
+    assert run.report["held_out_loss_after"] == pytest.approx(during[best], rel=1e-5)
+    assert sorted(path.name for path in run.run.glob("checkpoint-*")) == [f"checkpoint-{best}"]
+    assert f"stopped early after step {stopped}" in run.out
+    saved = (run.run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert saved == (run.run / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
+    options = (*LAYOUTS["ddp"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
+    run = run_it(*options, "--learning_rate=1e-4", "--num_train_epochs=8", "--save_steps=3")
+    # The first evaluation is progress from nothing; the second is not enough.
+    assert run.report["stopped_early_at_step"] == 4
+    assert "best_step" not in run.report
+    assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_resumed_run_goes_on_counting(run_it: Any) -> None:
+    """Cut off between the best evaluation and the last one."""
+    steps = ("--eval_steps=2", "--save_steps=2", "--load_best_model_at_end", "--early_stopping_patience=3")
+    options = (
+        *LAYOUTS["one"],
+        *steps,
+        RATE,
+        "--lr_scheduler_type=constant",
+        "--num_train_epochs=8",
+        "--warmup_steps=0",
+    )
+    whole = run_it(*options)
+    best, stopped = whole.report["best_step"], whole.report["stopped_early_at_step"]
+    cut = run_it(*options, f"--max_steps={best + 2}")
+    shutil.rmtree(cut.run / "adapter")
+    config = cut.run / "config.yaml"
+    config.write_text(config.read_text().replace(f"max_steps: {best + 2}", "max_steps: -1"))
+    run_it("resume", str(cut.run), base=False)
+    assert (cut.report["best_step"], cut.report["stopped_early_at_step"]) == (best, stopped)
+    assert cut.report["held_out_loss_after"] == pytest.approx(whole.report["held_out_loss_after"], rel=1e-6)
+
+
+def test_a_run_without_an_evaluation_is_refused(run_it: Any) -> None:
+    ended = run_it.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
+    assert ended.code == 2
+    assert "eval_steps = 6, and the run has 5 steps" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("losses", "threshold", "count"),
+    [
+        ([], 0.0, 0), ([3.0], 0.0, 0), ([3.0, 2.0], 0.0, 0), ([3.0, 3.0], 0.0, 1), ([3.0, 4.0, 3.5], 0.0, 2),
+        ([3.0, 4.0, 2.0], 0.0, 0), ([3.0, 2.9, 2.8], 0.15, 2), ([3.0, 2.9, 2.7], 0.15, 0),
+    ],
+)  # fmt: skip
+def test_what_counts_as_progress(losses: list[float], threshold: float, count: int) -> None:
+    assert evaluations_without_progress(losses, threshold) == count
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (None, 2, [2, 4, 6, 8]), (4, 2, [2, 4, 6, 8]), (2, None, [6, 8]), (2, 2, [2, 8]), (1, 2, [2, 8]),
+        (1, 8, [8]), (3, 4, [4, 6, 8]),
+    ],
+)  # fmt: skip
+def test_only_old_complete_checkpoints_go(keep: int | None, best: int | None, left: list[int], tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        mark_complete(tmp_path / f"checkpoint-{step}")
+    for other in ("checkpoint-1", "checkpoint-mine"):
+        (tmp_path / other).mkdir()  # not marked: not ours to delete
+    rotate(tmp_path, keep, None if best is None else tmp_path / f"checkpoint-{best}")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(["checkpoint-1", "checkpoint-mine", *(f"checkpoint-{step}" for step in left)])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "split"])
+def test_the_best_of_all_weights_are_kept_too(layout: str, run_it: Any) -> None:
+    """Head and embedding are one weight here, in a split on two devices."""
+    options = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
+    run = run_it(*LAYOUTS[layout], *options, RATE, "--num_train_epochs=8", "--warmup_steps=0")
+    best = run.report["best_step"]
+    assert best < run.report["steps"]
+    assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)
+    saved = (run.run / "model" / "model.safetensors").read_bytes()
+    assert saved == (run.run / f"checkpoint-{best}" / "model.safetensors").read_bytes()

@@ -1,0 +1,396 @@
+"""Each option does what its name says: seen in what real, tiny runs leave behind, several options a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import parallel_tune
+from parallel_tune.config import SCHEDULES, TrainConfig, make_config
+from parallel_tune.validation import NEEDED_BY_SCHEDULE
+from strategies.errors import ConfigError
+
+STEPS = 12
+RATE = 5e-3
+
+
+ADAPTER = ("--lora_rank=4", "--lora_alpha=6", "--lora_dropout=0.25", "--use_rslora", "--bias=lora_only", "--use_dora")
+SCHEDULE = (
+    "--lr_scheduler_type=cosine_with_min_lr",
+    '--lr_scheduler_kwargs={"min_lr_rate": 0.1}',
+    "--warmup_ratio=0.25",
+)
+ADAMW = ("--weight_decay=0.3", "--adam_beta1=0.8", "--adam_beta2=0.95", "--adam_epsilon=1e-6")
+WHEN = ("--logging_steps=3", "--eval_strategy=epoch", "--save_strategy=epoch", "--save_total_limit=2")
+
+
+@pytest.fixture(scope="module")
+def run_it(tune: Any, tied_model: Path) -> Any:
+    """The command on the tied model, without the settings that other tests share."""
+    return type(tune)(tune.folder, (f"--model={tied_model}",))
+
+
+@pytest.fixture(scope="module")
+def many(run_it: Any, text_file: Path) -> Any:
+    """A run on raw text whose options are nearly all not the defaults."""
+    return run_it(
+        *ADAPTER, *SCHEDULE, *ADAMW, *WHEN, "--target_modules", "q_proj", "v_proj", f"--learning_rate={RATE}",
+        f"--raw_text_file={text_file}", "--answers_only", "false", "--chunk_size=32",
+        "--stride=8", "--max_rows=20", "--val_size=0.2", "--per_device_eval_batch_size=3", "--global_batch_size=4",
+        "--num_train_epochs=3", "--run_name=my-own-name", "--report_to=all", "--hardware=cpu:2", "--strategy=ddp",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("alpha beta gamma delta tree house light green river stone. " * 60)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter_config(many: Any) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((many.run / "adapter" / "adapter_config.json").read_text())
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", 4),
+        ("lora_alpha", 6),
+        ("lora_dropout", 0.25),
+        ("use_rslora", True),
+        ("bias", "lora_only"),
+        ("use_dora", True),
+    ],
+)
+def test_adapter_options_are_in_the_adapter(adapter_config: dict[str, Any], name: str, value: Any) -> None:
+    assert adapter_config[name] == value
+
+
+def test_the_named_modules_are_adapted(many: Any, adapter_config: dict[str, Any]) -> None:
+    from safetensors.numpy import load_file
+
+    assert sorted(adapter_config["target_modules"]) == ["q_proj", "v_proj"]
+    tensors = load_file(many.run / "adapter" / "adapter_model.safetensors")
+    kinds = {name.rpartition("self_attn.")[2] for name in tensors}
+    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    assert kinds == {f"{module}.{part}" for module in ("q_proj", "v_proj") for part in parts}
+
+
+def test_raw_text_becomes_overlapping_rows(many: Any) -> None:
+    data = many.report["data"]
+    assert data["format"] == "raw text"
+    assert data["rows"] == 20  # of max_rows
+    assert many.report["longest_row"] == 32  # chunk_size
+    assert data["answer_tokens"] == 31 + 19 * (32 - 8)  # what the stride repeats is context
+    assert many.report["samples"] == 16 * 3  # the rest is held out
+
+
+def test_the_learning_rate_follows_its_schedule(many: Any) -> None:
+    """Three of twelve steps of warm-up, then half a cosine down to a tenth. Logged is the rate of the step itself."""
+
+    def rate(step: int) -> float:
+        if step < 3:
+            return step / 3
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+
+    steps = [row["step"] for row in many.metrics]
+    assert steps == [1, 3, 6, 9, 12]  # logging_steps, and the first
+    assert [row["learning_rate"] for row in many.metrics] == pytest.approx([RATE * rate(step - 1) for step in steps])
+
+
+def test_adamw_has_its_settings(many: Any) -> None:
+    import torch
+
+    group = torch.load(many.run / "checkpoint-12" / "optimizer.pt", weights_only=False)["param_groups"][0]
+    assert group["betas"] == (0.8, 0.95)
+    assert (group["eps"], group["weight_decay"]) == (1e-6, 0.3)
+
+
+def test_checkpoints_and_evaluations_come_with_the_epochs(many: Any) -> None:
+    assert sorted(path.name for path in many.run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    rows = [json.loads(line) for line in (many.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
+
+
+def test_trackers_know_the_run_by_its_name(many: Any) -> None:
+    events = b"".join(path.read_bytes() for path in many.run.glob("tensorboard/**/events*"))
+    assert b"my-own-name" in events
+
+
+def test_without_clipping_nothing_stops_sgd_and_with_it_nothing_moves(run_it: Any, rows_file: Path) -> None:
+    data = (f"--dataset={rows_file}", "--val_size=6", "--max_seq_length=256", "--hardware=cpu:1", "--max_steps=3")
+    base = (*data, "--optim=sgd", "--learning_rate=1.0", "--warmup_steps=0")
+    still = run_it(*base, "--max_grad_norm=1e-7", "--save_steps=0.6")
+    moved = run_it(*base, "--max_grad_norm=0", "--seed=1", "--random_state=2")
+    change = [run.report["held_out_loss_after"] - run.report["held_out_loss_before"] for run in (still, moved)]
+    assert abs(change[0]) < 1e-6 < 1e-4 < abs(change[1])
+    # A share of the steps, and an optimizer without moments.
+    import torch
+
+    assert sorted(path.name for path in still.run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert not any(torch.load(still.run / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"].values())
+    # Another seed draws other samples, another random_state other adapters.
+    assert still.metrics[0]["tokens"] != moved.metrics[0]["tokens"]
+    assert first_weights(still) != first_weights(moved)
+
+
+def first_weights(run: Any) -> list[float]:
+    """Some of an adapter's first half, which a rate of a ten-millionth leaves nearly as it began."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(run.run / "adapter" / "adapter_model.safetensors")
+    return [round(float(value), 3) for value in next(iter(sorted(tensors.items())))[1].ravel()[:20]]
+
+
+def test_dora_and_biases_train_alike_in_replicas_and_in_lanes(
+    run_it: Any, rows_file: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """On a Qwen2, whose attention has biases."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    shape = {"vocab_size": len(tiny_tokenizer), "hidden_size": 64, "intermediate_size": 96, **heads}
+    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(tmp_path / "qwen")
+    tiny_tokenizer.save_pretrained(tmp_path / "qwen")
+    base = (
+        f"--dataset={rows_file}",
+        "--max_seq_length=64",
+        "--global_batch_size=8",
+        "--max_steps=4",
+        "--hardware=cpu:2",
+    )
+    options = (*base, "--use_dora", "--bias=all", "--target_modules=all", "--learning_rate=1e-2", "--warmup_steps=0")
+    runner = type(run_it)(run_it.folder, (f"--model={tmp_path / 'qwen'}",))
+    replicas = runner(*options, "--strategy=ddp")
+    lanes = runner(*options, "--strategy=model_parallel", "--pipeline=on")
+    assert lanes.losses == pytest.approx(replicas.losses, rel=1e-5)
+    adapters = [load_file(run.run / "adapter" / "adapter_model.safetensors") for run in (replicas, lanes)]
+    biases = [name for name in adapters[0] if name.endswith("q_proj.base_layer.bias")]
+    assert len(biases) == 3
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][name], atol=1e-4), name
+    assert all(adapters[0][name].abs().max() > 1e-3 for name in biases)  # they began at 0
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, "bfloat16"), ({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16"), ({"dtype": "fp16"}, "float16"),
+        ({"dtype": "None"}, "bfloat16"), ({"dtype": None}, "bfloat16"), ({"dtype": "float32"}, "float32"),
+    ],
+)  # fmt: skip
+def test_the_dtype_under_each_of_its_names(options: dict[str, Any], dtype: str) -> None:
+    assert parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xH100-80GB", **options).dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
+def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
+    def peak(**options: Any) -> int:
+        plan = parallel_tune.plan(
+            model="Qwen/Qwen2.5-7B", hardware="1xH100-80GB", engine="transformers", global_batch_size=1,
+            use_gradient_checkpointing="none", **options,
+        )  # fmt: skip
+        return plan.devices[0].predicted_allocated_bytes
+
+    assert peak(**options) > peak()
+
+
+def test_dora_is_refused_where_peft_has_none() -> None:
+    with pytest.raises(ConfigError, match="no DoRA for the experts"):
+        parallel_tune.plan(
+            model="mistralai/Mixtral-8x7B-v0.1", hardware="8xH100-80GB", use_dora=True, target_modules="all"
+        )
+
+
+def test_evaluation_takes_as_many_rows_at_once_as_it_is_told() -> None:
+    import torch
+
+    from parallel_tune.data import collate
+    from parallel_tune.evaluation import held_out_loss
+    from strategies.sessions import SplitSession
+
+    class Model(torch.nn.Module):
+        sizes: list[int] = []  # noqa: RUF012
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            self.sizes.append(len(input_ids))
+            return type("Outputs", (), {"loss": torch.ones(())})
+
+    session = type("Session", (SplitSession,), {"__init__": lambda self: None, "device": torch.device("cpu")})()
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}] * 7
+    held_out_loss(Model(), rows, lambda batch: collate(batch, 0), 3, session)
+    assert Model.sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bf16": True, "fp16": True}, "exclude each other"),
+        ({"bf16": True, "dtype": "float16"}, "contradict"),
+        ({"full_finetuning": True, "use_dora": True}, "trains none"),
+        ({"full_finetuning": True, "loftq_config": {}}, "trains none"),
+        ({"full_finetuning": True, "save_model": True, "save_method": "lora"}, "no adapter"),
+        ({"loftq_config": "{}"}, "not held in 4 bit"),
+        ({"loftq_config": "{", "load_in_4bit": True}, "not JSON"),
+        ({"loftq_config": "[4]", "load_in_4bit": True}, "not a mapping"),
+        ({"loftq_config": {"loftq_bits": 2}, "load_in_4bit": True}, "loftq_bits = 2"),
+        ({"loftq_config": {}, "load_in_4bit": True, "use_dora": True}, "different adapters"),
+        ({"target_modules": "all,q_proj"}, "stands alone"),
+        ({"early_stopping_patience": 2, "eval_steps": 5}, "held out"),
+        ({"early_stopping_patience": 2, "val_size": 0.1}, "evaluations during training"),
+        ({"early_stopping_threshold": 0.1}, "stops nothing"),
+        ({"load_best_model_at_end": True}, "held out"),
+        ({"load_best_model_at_end": True, "val_size": 4, "eval_steps": 5, "save_steps": 10}, "no checkpoint of"),
+        ({"load_best_model_at_end": True, "val_size": 4, "eval_steps": 5, "save_strategy": "no"}, "no checkpoint of"),
+        ({"eval_strategy": "steps", "val_size": 4}, "needs eval_steps"),
+        ({"eval_strategy": "epoch", "val_size": 4, "eval_steps": 3}, "no effect"),
+        ({"eval_strategy": "epoch"}, "held out"),
+        ({"eval_steps": 3}, "held out"),
+        ({"eval_steps": 2.5, "val_size": 4}, "neither whole nor a share"),
+        ({"save_strategy": "steps"}, "needs save_steps"),
+        ({"save_strategy": "no", "save_steps": 3}, "no effect"),
+        ({"save_strategy": "best"}, "needs evaluations"),
+        ({"warmup_ratio": 1.0}, "below 1"),
+        ({"adam_beta2": 1.0}, "below 1"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "not known"),
+        ({"raw_text_file": "a.txt", "dataset": "b.jsonl"}, "both to be learned"),
+        ({"raw_text_file": "a.txt", "answers_only": True}, "no answers"),
+        ({"raw_text_file": "a.txt", "chunk_size": 4096}, "max_seq_length"),
+        ({"dataset": "a.md", "chunk_size": 32, "stride": 31}, "nothing new"),
+        ({"chunk_size": 32}, "none is given"),
+        ({"push_model": True}, "the repository"),
+        ({"hub_path": "me/it"}, "nothing is to be pushed"),
+        ({"save_path": "out"}, "nothing is exported"),
+        ({"hub_token": 5}, "hidden"),
+        ({"report_to": "all,wandb"}, "stands alone"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(options)
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ({"gradient_checkpointing": True}, "use_gradient_checkpointing", "full"),
+        ({"use_gradient_checkpointing": "False"}, "use_gradient_checkpointing", "none"),
+        ({"eval_strategy": False}, "eval_strategy", "no"),  # YAML's reading of `no`
+        ({"save_strategy": False}, "save_strategy", "no"),
+        ({"pipeline": True}, "pipeline", "on"),
+        ({"lora_target": "all"}, "target_modules", ["all-linear"]),
+        ({"loftq_config": {"loftq_bits": 4}, "load_in_4bit": True}, "loftq_config", {"loftq_bits": 4}),
+        ({"warmup_steps": 0.1}, "warmup", 0.1),
+        ({"warmup_steps": "7"}, "warmup", 7),
+        ({"warmup_ratio": 0.1, "warmup_steps": 9}, "warmup", 0.1),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model", "eval_loss"),
+        ({"val_size": 3, "eval_steps": 2, "load_best_model_at_end": True}, "saves", "best"),
+        ({"val_size": 3, "eval_steps": 0.1, "load_best_model_at_end": True, "save_steps": 0.1}, "saves", "steps"),
+    ],
+)  # fmt: skip
+def test_other_words_for_the_same(options: dict[str, Any], name: str, value: Any) -> None:
+    assert getattr(make_config(options), name) == value
+
+
+def test_a_token_is_not_shown() -> None:
+    config = make_config({"hub_token": "hf_secret", "push_model": True, "hub_path": "me/it"})
+    assert config.hub_token == "hf_secret"
+    assert "hf_secret" not in repr(config) + config.to_yaml()
+    assert "hub_token" not in TrainConfig().to_yaml()
+
+
+def test_attention_is_the_one_that_was_named(tied_model: Path) -> None:
+    import torch
+
+    from parallel_tune.engines.transformers import TransformersEngine
+    from strategies.sessions import open_replica
+
+    options = {"model": str(tied_model), "attn_implementation": "eager", "hardware": "cpu:1"}
+    plan = parallel_tune.plan(**options)
+    model, _ = TransformersEngine().load(make_config(options), plan, open_replica(plan, 60), torch.float32)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    from parallel_tune.data.prepare import load_named_rows
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    local = make_config({"dataset": str(tmp_path), "dataset_split": "test", "max_rows": 3})
+    assert load_named_rows(local) == [{"text": "test"}]
+    asked: list[Any] = []
+    rows = [{"text": "a"}, {"text": "b"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or rows)
+    hub = make_config(
+        {"dataset_name": "me/data", "dataset_config": "fine", "dataset_train_split": "dev", "max_rows": 1}
+    )
+    assert load_named_rows(hub) == rows[:1]
+    assert asked == [(("me/data", "fine"), {"split": "dev"})]
+
+
+def test_a_rank_that_waits_gives_up_after_ddp_timeout(environment: dict[str, str]) -> None:
+    """Nobody else comes to this group of two."""
+    import subprocess
+    import sys
+
+    config = make_config({"ddp_timeout": 1})
+    code = f"from strategies.sessions import join_processes; join_processes(False, 0, {config.ddp_timeout})"
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment | group, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode != 0
+    assert "1/2 clients joined" in ended.stderr
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_runs_with_what_it_is_said_to_need(name: str) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    needed = NEEDED_BY_SCHEDULE.get(name)
+    given = {needed[-1]: 3 if needed[-1].endswith("steps") else 0.1} if needed else {}
+    make_config({"lr_scheduler_type": name, "lr_scheduler_kwargs": given})
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = get_scheduler(name, optimizer, 2, 10, given)
+    rates = []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(1.0)
+    assert all(rate >= 0 for rate in rates)
+
+
+def test_the_optimizers_whose_memory_is_known_are_transformers_own() -> None:
+    from transformers.training_args import OptimizerNames
+
+    from parallel_tune.memory.states import OPTIMIZERS
+
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+    with pytest.raises(ConfigError, match="adafactorr"):
+        parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xT4-16GB", optim="adafactorr")
+
+
+def test_a_text_that_is_not_there_is_refused_before_anything_starts(run_it: Any, text_file: Path) -> None:
+    ended = run_it.ended(f"--raw_text_file={text_file.with_name('boook.txt')}", "--hardware=cpu:1")
+    assert ended.code == 2
+    assert "boook.txt' is not there" in ended.err
+    assert "did you mean" in ended.err
+    assert not ended.run.exists()
