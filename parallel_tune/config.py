@@ -95,6 +95,7 @@ class TrainConfig:
     max_rows: int | None = option(None, "Data", "Use only the first rows of the dataset.", aliases=("max_samples",))
     padding_free: str = option("auto", "Data", "Join the rows of a micro-batch instead of padding them; auto where attention can keep to each row.", choices=("auto", "on", "off"))
     packing: bool = option(False, "Data", "Fill sequences of max_seq_length with rows, best fit first; batch sizes then count sequences.")
+    data_cache: bool = option(True, "Data", "Keep encoded rows in the cache folder, so that a dataset is tokenised once on a machine.")
 
     global_batch_size: int | None = option(None, "Training", "Samples per optimizer step over all devices, kept for any strategy.", basic=True)
     per_device_train_batch_size: int | None = option(None, "Training", "Rows of one forward pass on one device; planned if left out (2 for the product).", aliases=("batch_size",), basic=True)

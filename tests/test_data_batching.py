@@ -67,12 +67,16 @@ def test_encoded_rows_behave_like_a_list() -> None:
 def test_encoded_rows_survive_a_file_and_refuse_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.bin"
     rows = EncodedRows(ROWS)
-    rows.save(path)
-    assert EncodedRows.load(path) == rows
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.bin"]
+    with path.open("wb") as file:
+        rows.write(file)
+    assert path.stat().st_size == rows.num_bytes
+    with path.open("rb") as file:
+        assert EncodedRows.read(file, rows.counts) == rows
+    with path.open("rb") as file, pytest.raises(ValueError, match="belong together"):
+        EncodedRows.read(file, [3, 8, 7])
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ConfigError, match=r"rows\.bin"):
-        EncodedRows.load(path)
+    with path.open("rb") as file, pytest.raises(EOFError):
+        EncodedRows.read(file, rows.counts)
 
 
 def test_the_report_counts_and_says_it_in_a_line() -> None:

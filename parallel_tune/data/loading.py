@@ -30,21 +30,38 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
             named after splits (train-00000.parquet, test.jsonl) are told apart by it; other files are the train split.
         subset: a Hub dataset's configuration, where it has several.
     """
-    match = _SPLIT.fullmatch(split or "train")
-    path = Path(dataset).expanduser()
     rows: Sequence[Row]
-    if path.exists():
-        if match is None:
-            raise ConfigError(f"split {split!r} is not understood", 'write it as "train" or "train[:100]"')
-        rows = [row for file in _files(path, match["name"]) for row in _read(file)]
+    files = local_files(dataset, split)
+    if files is not None:
+        match = _parse_split(split)
+        rows = [row for file in files for row in _read(file)]
         rows = rows[_bound(match["start"], len(rows), 0) : _bound(match["stop"], len(rows), len(rows))]
-    elif _looks_local(dataset):
-        raise ConfigError(f"dataset {dataset!r} is not there", _near(path) or "check the path; a Hub id is owner/name")
     else:
         rows = _from_hub(dataset, split or "train", subset)
     if not len(rows):
         raise ConfigError(f"dataset {dataset!r} has no rows (split {split or 'train'!r})", "name another file or split")
     return rows
+
+
+def local_files(dataset: str, split: str | None = None) -> list[Path] | None:
+    """The files that a dataset's split consists of, in order; None if the dataset is on the Hub.
+
+    Raises:
+        ConfigError: it looks like a path and is not there, or has no files for the split.
+    """
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return _files(path, _parse_split(split)["name"])
+    if _looks_local(dataset):
+        raise ConfigError(f"dataset {dataset!r} is not there", _near(path) or "check the path; a Hub id is owner/name")
+    return None
+
+
+def _parse_split(split: str | None) -> re.Match[str]:
+    match = _SPLIT.fullmatch(split or "train")
+    if match is None:
+        raise ConfigError(f"split {split!r} is not understood", 'write it as "train" or "train[:100]"')
+    return match
 
 
 def read_text(name: str) -> str:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.data import kept
 from parallel_tune.data.batching import split_held_out
 from parallel_tune.data.encoding import chunk_text, encode_rows
-from parallel_tune.data.loading import Row, load_rows, read_text
+from parallel_tune.data.identity import data_identity, key_of
+from parallel_tune.data.loading import Row, load_rows, local_files, read_text
 from parallel_tune.data.packing import PackedRows, pack
 from parallel_tune.data.rows import DataReport, EncodedRows
 
@@ -22,12 +24,7 @@ def prepare_data(
     Raises:
         ConfigError: the dataset cannot be read or has nothing to learn.
     """
-    if config.raw_text is not None:
-        chunk_size = config.chunk_size or config.max_seq_length
-        stride = chunk_size // 4 if config.stride is None else config.stride
-        encoded, report = chunk_text(read_text(config.raw_text), tokenizer, chunk_size, stride, config.max_rows)
-    else:
-        encoded, report = encode_rows(load_named_rows(config), tokenizer, config.max_seq_length, config.answers_only)
+    encoded, report = encoded_rows(config, tokenizer)
     train, held_out = encoded, None
     if config.val_size:
         train, held_out = split_held_out(encoded, config.val_size, config.seed)
@@ -37,13 +34,49 @@ def prepare_data(
     return packed, held_out, replace(report, sequences=len(packed))
 
 
+def encoded_rows(config: TrainConfig, tokenizer: Any) -> kept.Encoded:
+    """All rows of the dataset as token ids and labels: those that are kept from an earlier time, or encoded now.
+
+    Raises:
+        ConfigError: the dataset cannot be read or has nothing to learn.
+    """
+    if not config.data_cache or kept.switched_off():
+        return _encode(config, tokenizer, None)
+    on_hub = config.raw_text is None and local_files(config.dataset, config.dataset_split) is None
+    rows = load_rows(config.dataset, config.dataset_split, config.dataset_config) if on_hub else None
+    try:
+        data = data_identity(config, rows)
+        key = key_of(config, data, tokenizer) if data is not None else None
+    except Exception as error:  # a file that cannot be read, a tokenizer that cannot be saved: encoding says more
+        print(f"encoded rows are not kept: {type(error).__name__}: {error}")
+        key = None
+    if key is None:
+        return _encode(config, tokenizer, rows)
+    return kept.kept_or_encoded(
+        key,
+        lambda: _encode(config, tokenizer, rows),
+        unchanged=lambda: data_identity(config, rows) == data,
+    )
+
+
+def _encode(config: TrainConfig, tokenizer: Any, rows: Sequence[Row] | None) -> kept.Encoded:
+    if config.raw_text is not None:
+        chunk_size = config.chunk_size or config.max_seq_length
+        stride = chunk_size // 4 if config.stride is None else config.stride
+        return chunk_text(read_text(config.raw_text), tokenizer, chunk_size, stride, config.max_rows)
+    found = load_named_rows(config) if rows is None else first_rows(rows, config.max_rows)
+    return encode_rows(found, tokenizer, config.max_seq_length, config.answers_only)
+
+
 def load_named_rows(config: TrainConfig) -> Sequence[Row]:
     """The dataset's rows, as many as are wanted.
 
     Raises:
         ConfigError: the dataset cannot be read.
     """
-    rows = load_rows(config.dataset, config.dataset_split, config.dataset_config)
-    if config.max_rows is None:
-        return rows
-    return [rows[number] for number in range(min(config.max_rows, len(rows)))]
+    return first_rows(load_rows(config.dataset, config.dataset_split, config.dataset_config), config.max_rows)
+
+
+def first_rows(rows: Sequence[Row], most: int | None) -> Sequence[Row]:
+    """The first rows, all of them if `most` is None."""
+    return rows if most is None else [rows[number] for number in range(min(most, len(rows)))]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NotRequired, TypedDict, overload
-
-from strategies.errors import ConfigError
+from typing import Any, BinaryIO, NotRequired, TypedDict, overload
 
 IGNORED = -100
 """The label of a token that no loss is computed for."""
@@ -97,28 +92,41 @@ class EncodedRows(Sequence[EncodedRow]):
 
         return Dataset.from_dict({"input_ids": [r["input_ids"] for r in self], "labels": [r["labels"] for r in self]})
 
-    def save(self, path: Path) -> None:
-        """Write all rows to one file, so that workers need not tokenise again; it appears whole or not at all."""
-        parts = (self._ends, self._input_ids, self._labels)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with unfinished.open("wb") as file:
-            file.write(json.dumps([len(part) for part in parts]).encode() + b"\n")
-            for part in parts:
-                part.tofile(file)
-        unfinished.replace(path)
+    @property
+    def parts(self) -> tuple[array[int], ...]:
+        """All that they consist of: where rows end, token ids, labels."""
+        return self._ends, self._input_ids, self._labels
+
+    @property
+    def counts(self) -> list[int]:
+        """Entries of each part."""
+        return [len(part) for part in self.parts]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(len(part) * part.itemsize for part in self.parts)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write all rows, in this machine's byte order."""
+        for part in self.parts:
+            part.tofile(file)
 
     @classmethod
-    def load(cls, path: Path) -> EncodedRows:
-        """Read what `save` wrote."""
+    def read(cls, file: BinaryIO, counts: Sequence[int]) -> EncodedRows:
+        """Read what `write` wrote; `counts` are those of the rows that were written.
+
+        Raises:
+            EOFError: the file holds less.
+            ValueError: the counts are not those of rows.
+        """
         rows = cls()
         rows._ends = array("q")
-        try:
-            with path.open("rb") as file:
-                counts = json.loads(file.readline())
-                for part, count in zip((rows._ends, rows._input_ids, rows._labels), counts, strict=True):
-                    part.fromfile(file, count)
-        except (OSError, EOFError, ValueError, TypeError) as error:
-            raise ConfigError(f"cannot read the encoded rows in {path}: {error}", "encode the dataset again") from error
+        for part, count in zip(rows.parts, counts, strict=True):
+            part.fromfile(file, count)
+        tokens = len(rows._input_ids)
+        if len(rows._labels) != tokens or rows._ends[:1].tolist() != [0] or rows._ends[-1] != tokens:
+            raise ValueError("rows, tokens and labels do not belong together")
         return rows
 
 
