@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
         RunFailed: training began and did not reach its end.
         Stopped: it was interrupted; a checkpoint is on disk, and `parallel-tune resume` goes on from it.
     """
+    began = time.monotonic()
     config = make_config({**options, "model": str(model), "dataset": str(dataset), "strategy": strategy})
     outer = refusal.find_launch(os.environ)
     refusal.check_settings(config.strategy, config.device_map, outer)
@@ -103,5 +105,5 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
     run = rundir.create(config, made)
     for line in (*lines, render_plan(made), f"run directory: {run.path}"):
         click.echo(line)
-    start(made, run, None, config.hub_token)
+    start(made, run, None, config.hub_token, began)
     return Run(run.path)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parallel_tune.rundir import RunDir, read_metrics
 from parallel_tune.sampler import GlobalBatches
+from parallel_tune.startup import Startup
 from strategies.base import Session
 from strategies.errors import RunFailed
 
@@ -111,6 +112,19 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
                     if file.read(1) != b"\n":
                         file.write(b"\n")
                 file.write(json.dumps(row).encode() + b"\n")
+
+
+class FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Notes when the first step that this process trains is done."""
+
+    def __init__(self, startup: Startup) -> None:
+        self._startup = startup
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self._startup.done:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # issued is not done
+            self._startup.finish()
 
 
 class StopAtSignal(TrainerCallback):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from parallel_tune.launch import Watcher, launch_spec
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
+from parallel_tune.startup import clocks, process_began
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 
@@ -91,10 +92,21 @@ def check_bitsandbytes(config: TrainConfig) -> None:
         raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", "`pip install bitsandbytes`.")
 
 
-def start(plan: Plan, run: rundir.RunDir, last_checkpoint: Path | None, hub_token: str | None = None) -> None:
-    """Run the processes to their end, print the summary, and make the exports that were asked for."""
+def start(
+    plan: Plan,
+    run: rundir.RunDir,
+    last_checkpoint: Path | None,
+    hub_token: str | None = None,
+    began: float | None = None,
+) -> None:
+    """Run the processes to their end, print the summary, and make the exports that were asked for.
+
+    Args:
+        began: when the command began, on the monotonic clock; when this process did, if left out.
+    """
+    began = process_began() if began is None else began
     cores = psutil.cpu_count(logical=True) or 1
-    spec = launch_spec(plan, run, os.environ, cores, last_checkpoint)
+    spec = launch_spec(plan, run, os.environ | clocks(began), cores, last_checkpoint)
     try:
         with open_display(plan, run) as display:
             Watcher(plan.processes, run, spec, display.poll).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -25,6 +26,7 @@ def run_demo(strategy: str, hardware: str | None, model_dir: Path | None, max_st
     from parallel_tune.generation import answer
 
     model = fetch_demo_model(model_dir or default_model_dir())
+    began = time.monotonic()  # fetching the model is no part of a run
     config = demo_config(model, strategy, hardware, max_steps)
     plan, lines = decide(config, find_hardware(config))
     for line in lines:
@@ -32,7 +34,7 @@ def run_demo(strategy: str, hardware: str | None, model_dir: Path | None, max_st
     require_fit(plan, config.strategy)
     click.echo(render_plan(plan))
     run = rundir.create(config, plan)
-    start(plan, run, None)
+    start(plan, run, None, began=began)
     click.echo(f"\nprompt: {PROMPT}")
     click.echo(f"before: {answer(model, None, PROMPT)}")
     click.echo(f"after:  {answer(model, run.adapter, PROMPT)}")

@@ -16,6 +16,7 @@ from parallel_tune.gauges import Gauge, Reading, open_gauge
 from parallel_tune.live import LivePanel
 from parallel_tune.progress import MetricsFollower, duration, steps_of
 from parallel_tune.rundir import RunDir
+from parallel_tune.startup import startup_line
 from strategies.contracts import Plan
 
 
@@ -146,6 +147,8 @@ def summary(report: dict[str, Any], run: Path) -> str:
         f"{report['strategy']} with {report['engine']}: {report['steps']} steps, {report['samples']} samples, "
         f"{report['tokens']:,} tokens in {duration(report['seconds'])}, {report['tokens_per_second'] or 0:,.0f} tok/s",
     ]
+    if "startup_seconds" in report:
+        lines.append(startup_line(report["startup_seconds"]))
     if "held_out_loss_before" in report:
         before, after = report["held_out_loss_before"], report["held_out_loss_after"]
         lines.append(f"held-out loss {before:.4f} -> {after:.4f}")

@@ -57,6 +57,7 @@ def write(
     data: Any,
     rows: TrainedRows,
     total_seconds: float,
+    startup_seconds: dict[str, float],
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
 
@@ -89,6 +90,7 @@ def write(
         "tokens": metrics.tokens,
         "seconds": metrics.seconds,
         "total_seconds": total_seconds,
+        "startup_seconds": startup_seconds,
         "tokens_per_second": metrics.tokens / metrics.seconds if metrics.seconds else None,
         "final_loss": metrics.final_loss,
         **results,

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from parallel_tune.launch import pid_file
 from parallel_tune.process import WATCHER, die_with_parent, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
+from parallel_tune.startup import Startup
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
 
@@ -88,6 +89,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
         ParallelTuneError: it could not be done, and why.
     """
     started = time.monotonic()
+    startup = Startup(os.environ)
     config, plan = run.read()
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
@@ -99,7 +101,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     import torch
 
     from parallel_tune import report
-    from parallel_tune.callbacks import MetricsWriter, StopAtSignal
+    from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.data_part import describe_data
     from parallel_tune.gathering import choose_gathering
@@ -113,9 +115,12 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     stop = StopAtSignal(session)
     stop.listen()
+    startup.mark("import")
     dtype: torch.dtype = getattr(torch, plan.dtype)
     model, tokenizer = engine.load(config, plan, session, dtype)
+    startup.mark("load")
     train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
+    startup.mark("data")
     batches = GlobalBatches(
         lengths=tuple(train_rows.lengths),
         targets=tuple(train_rows.answer_tokens),
@@ -125,6 +130,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     check_reached(config, batches.steps_per_epoch)
     model = engine.add_adapters(model, config, plan)
     session.place(model)
+    startup.mark("load")
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
     first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, gathering.padded_reason, gathering.sizes)
     if session.is_main:
@@ -145,11 +151,13 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [metrics, stop, *early], gathering.gather,
+        engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early], gathering.gather,
     )  # fmt: skip
+    startup.mark("prepare")
     results: dict[str, float] = {}
     if held_out_rows is not None:
         results["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
+        startup.mark("evaluate")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Stopped(
@@ -169,6 +177,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     rows = trained_rows(batches, plan, steps, gathering.padded_reason, gathering.sizes)
     report.write(
         run, config, plan, session, metrics, steps, results, data_report, rows, time.monotonic() - started,
+        startup.report(),
     )  # fmt: skip
     session.barrier()
     session.close()

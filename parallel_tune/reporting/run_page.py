@@ -80,6 +80,8 @@ def _facts(run: RunFigures) -> Markup:
         ("samples/s", f"{totals.samples_per_second or 0:,.2f}"),
         ("final training loss", f"{totals.final_loss:.4f}"),
     ]
+    if run.report and "startup_seconds" in run.report:
+        said.append(("command to first step", duration(run.report["startup_seconds"]["total"])))
     if run.held_out:
         first, last = run.held_out[0]["eval_loss"], run.held_out[-1]["eval_loss"]
         change = f"{first:.4f} → {last:.4f}" if len(run.held_out) > 1 else f"{last:.4f}"
