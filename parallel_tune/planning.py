@@ -143,6 +143,7 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         force_lanes=config.pipeline == "on",
         lanes=config.lanes,
         stages=config.stages,
+        max_devices=config.max_devices,
     )
 
 
