@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +99,12 @@ def reference(folder: Path, name: str, model: Path, rows: Path, options: argpars
     call([*launcher, *script, f"--max_seq_length={options.length}"])
     found = json.loads(result.read_text())
     seconds = found["seconds"][WARM_UP:]
+    tokens = SAMPLES * options.gpus * mean_tokens(model, rows, options.length)
     return {
         "what": name,
         "processes": found["processes"],
         # Its order of rows is its own; on average a step has as many tokens as ours.
-        "tokens_per_second": SAMPLES
-        * options.gpus
-        * mean_tokens(model, rows, options.length)
-        / statistics.median(seconds),
+        "tokens_per_second": tokens / statistics.median(seconds),
         "step_seconds": statistics.median(seconds),
         "step_seconds_p90": sorted(seconds)[int(len(seconds) * 0.9)],
         "losses": found["losses"],
@@ -121,34 +121,32 @@ def mean_tokens(model: Path, rows: Path, longest: int) -> float:
     return statistics.mean(min(longest, len(ids)) for ids in tokenizer(texts)["input_ids"])
 
 
-def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All runs, in turn, and the figures they make."""
+def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All runs, in turn."""
     model = options.model or make_model(options.shape, folder / "model")
     files = {"short": make_rows(model, folder / "short.jsonl", 40 * options.steps)}
     if "full" in options.rows:
         files["full"] = make_rows(model, folder / "full.jsonl", 8 * options.steps, options.length)
-    skip, found = set(options.skip.split(",")), []
+    skip, engines = set(options.skip.split(",")), options.engines.split(",")
     batch = f"--global_batch_size={SAMPLES * options.gpus}"
     on = [f"--max_steps={options.steps}", *(["--hardware=cpu:2"] if options.small else [])]
-    for kind in options.rows.split(","):
+    for kind, turn in product(options.rows.split(","), range(options.repeat)):
         rows = files[kind]
-        for turn in range(options.repeat):
-            if not options.small and "reference" not in skip:
-                found.append(reference(folder, f"reference-{kind}-{turn}", model, rows, options))
-            for engine in options.engines.split(","):
-                name = f"{engine}-{kind}-{turn}"
-                found.append(ours(folder, name, model, rows, options, f"--engine={engine}", batch, *on))
-                if options.gpus > 1 and "single" not in skip:
-                    single = [f"--engine={engine}", f"--global_batch_size={SAMPLES}", "--max_devices=1", *on]
-                    found.append(ours(folder, f"single-{name}", model, rows, options, *single))
-                print(json.dumps({k: v for k, v in found[-1].items() if k not in ("losses", "versions")}), flush=True)
-        if not options.small and "limit" not in skip:
-            for engine in options.engines.split(","):
-                run, result = folder / f"{engine}-{kind}-0", folder / f"limit-{engine}-{kind}.json"
-                call([sys.executable, str(HERE / "captured_limit.py"), str(run), str(result)])
-                limit = json.loads(result.read_text())
-                limit["tokens_per_second"] = limit["tokens"] / statistics.median(limit["seconds"])
-                found.append({"what": f"limit-{engine}-{kind}", **limit})
+        if not options.small and "reference" not in skip:
+            yield reference(folder, f"reference-{kind}-{turn}", model, rows, options)
+        for engine in engines:
+            name = f"{engine}-{kind}-{turn}"
+            yield ours(folder, name, model, rows, options, f"--engine={engine}", batch, *on)
+            if options.gpus > 1 and "single" not in skip:
+                single = [f"--engine={engine}", f"--global_batch_size={SAMPLES}", "--max_devices=1", *on]
+                yield ours(folder, f"single-{name}", model, rows, options, *single)
+    if not options.small and "limit" not in skip:
+        for kind, engine in product(options.rows.split(","), engines):
+            run, result = folder / f"{engine}-{kind}-0", folder / f"limit-{engine}-{kind}.json"
+            call([sys.executable, str(HERE / "captured_limit.py"), str(run), str(result)])
+            limit = json.loads(result.read_text())
+            speed = limit["tokens"] / statistics.median(limit["seconds"])
+            yield {"what": f"limit-{engine}-{kind}", **limit, "tokens_per_second": speed}
     if not options.small and "overhead" not in skip:
         same = [
             "--engine=unsloth",
@@ -160,8 +158,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
             "--optim=adamw_8bit",
             f"--max_steps={options.steps // 2}",
         ]
-        found.append(ours(folder, "arranged-as-the-reference", model, files["short"], options, *same))
-    return found, figures(found, options)
+        yield ours(folder, "arranged-as-the-reference", model, files["short"], options, *same)
 
 
 def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -205,25 +202,26 @@ def main(arguments: list[str]) -> Path:
         import torch
 
         hardware = f"{options.gpus}x{torch.cuda.get_device_name(0).replace(' ', '-')}"
-    with tempfile.TemporaryDirectory() as folder:
-        rows, found = measure(Path(folder), options)
-    versions = next(row["versions"] for row in rows if "versions" in row)
-    for row in rows:
-        row.pop("versions", None)
     options.results.mkdir(parents=True, exist_ok=True)
     path: Path = options.results / f"ddp_speed.{hardware}.json"
-    record = {
+    record: dict[str, Any] = {
         "name": "ddp_speed",
         "hardware": hardware,
-        "versions": versions,
+        "versions": {},
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "examples/benchmarks/ddp_speed.py", *arguments]),
         "shape": options.shape,
-        "rows": rows,
-        "figures": found,
+        "rows": [],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        for row in measure(Path(folder), options):
+            print(json.dumps({key: row[key] for key in row if key not in ("losses", "versions")}), flush=True)
+            record["versions"] |= row.pop("versions", {})
+            record["rows"].append(row)
+            # After each run: what was measured stays if a later one fails.
+            record["figures"] = figures(record["rows"], options)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["figures"], indent=1))
     return path
 
 
