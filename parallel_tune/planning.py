@@ -112,6 +112,8 @@ def _plan(
 def _uncaptured(plan: Plan) -> str:
     if plan.gradient_checkpointing != "none":
         return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+    if plan.strategy == "ddp":
+        return "the memory that recordings keep does not fit beside an eager pass's"
     return f"{plan.strategy} has no captured step"
 
 
@@ -143,6 +145,7 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         force_lanes=config.pipeline == "on",
         lanes=config.lanes,
         stages=config.stages,
+        max_devices=config.max_devices,
     )
 
 

@@ -78,13 +78,14 @@ def _candidates(
 ) -> list[Candidate]:
     found = []
     for checkpointing in checkpointing_choices(workload, devices[0]):
-        for micro_batch, steps in batch.candidates:
-            captured = workload.capture and checkpointing == "none"
-            arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing, captured=captured)
-            candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
-            found.append(candidate)
-            if not candidate.fits:
-                break  # larger micro-batches need more
+        # A captured step needs more memory: where it does not fit, the same run eagerly may.
+        for captured in (True, False) if workload.capture and checkpointing == "none" else (False,):
+            for micro_batch, steps in batch.candidates:
+                arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing, captured=captured)
+                candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
+                found.append(candidate)
+                if not candidate.fits:
+                    break  # larger micro-batches need more
     return found
 
 
