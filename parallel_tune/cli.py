@@ -96,6 +96,42 @@ def plan(config_file: str | None, as_json: bool, measure: bool, debug: bool, **o
     commands.plan(commands.read_config(config_file, given(options)), as_json, measure)
 
 
+@program.command(cls=SettingsCommand, context_settings=TOKENS)
+@train_options
+@click.option("--steps", default=20, show_default=True, cls=GroupedOption, help="Optimizer steps of each run.")
+@click.option(
+    "--skip_steps", default=None, type=int, cls=GroupedOption,
+    help="Steps at the beginning of each run that do not count.  [default: a quarter, at least 2]",
+)  # fmt: skip
+@click.option("--repeat", default=3, show_default=True, cls=GroupedOption, help="Runs of each, all in turn.")
+@click.option(
+    "--strategies", default=None, cls=GroupedOption, several=True,
+    help="What to compare: single, ddp, naive, lanes (model_parallel is both), or installed ones.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--reference", default=None, cls=GroupedOption,
+    help="A command to run beside ours on the same rows; {model} {rows} {steps} {global_batch} {max_seq_length} "
+    "{result} are filled in, and JSON that it writes to {result} is read: seconds and tokens, a number a step.",
+)  # fmt: skip
+@debug_option
+def bench(
+    config_file: str | None,
+    steps: int,
+    skip_steps: int | None,
+    repeat: int,
+    strategies: str | None,
+    reference: str | None,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Compare the strategies on this machine: the same rows and global batch, each in short real runs."""
+    from parallel_tune import commands
+    from parallel_tune.bench.command import Request, bench
+
+    request = Request(steps, skip_steps, repeat, strategies, reference)
+    bench(commands.read_config(config_file, given(options)), request)
+
+
 @program.command(
     cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
 )

@@ -119,6 +119,11 @@ class Watcher:
         self._signals = 0
         self._forwarded = False
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self._signals > 0
+
     def run(self) -> None:
         """Start, wait, and return when the result is on disk.
 

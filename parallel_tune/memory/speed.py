@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import part_parameters
 from parallel_tune.memory.settings import TrainingSettings
@@ -32,20 +35,45 @@ def micro_batch_flops(facts: ModelFacts, settings: TrainingSettings, part: Part,
     Each weight costs 2 FLOP per token forward, 2 for its input's gradient and 2 for its own (Kaplan et al. 2020);
     a frozen weight has no gradient of its own. A query meets half the keys before it, or a window of them.
     """
-    tokens = arrangement.micro_batch * settings.sequence_length
-    counts = part_parameters(facts, part)
-    active_experts = counts.expert * facts.experts_per_token / facts.num_experts if facts.num_experts else 0.0
-    table = facts.vocab_size * facts.hidden_size
-    # A tied head computes although it holds no parameters of its own.
-    forward = 2.0 * tokens * (counts.linear + active_experts + (table if part.head else 0))
-    attention = sum(
-        4.0 * tokens * _keys_per_query(facts, settings, layer) * facts.query_size
-        for layer in range(part.first_layer, part.last_layer + 1)
-    )
+    forward, attention = _row_forward_flops(facts, part, settings.sequence_length)
+    forward, attention = arrangement.micro_batch * forward, arrangement.micro_batch * attention
     recomputed = 0 if arrangement.gradient_checkpointing == "none" else 1
     passes = 1 + recomputed + (2 if settings.method == "full" else 1)
     # Attention's backward is twice its forward, and half as much again where its scores are recomputed.
     return forward * passes + attention * (1 + recomputed + 2.5)
+
+
+def model_flops(facts: ModelFacts, settings: TrainingSettings, row_lengths: Sequence[int]) -> float:
+    """Floating-point operations that forward and backward of these rows need, whatever a run recomputes or pads.
+
+    As Chowdhery et al. 2022 (PaLM, appendix B) count for the utilisation of a machine, with what is not trained left
+    out: 2 FLOP a weight and token forward, 2 for its input's gradient, and 2 for its own where all weights train;
+    attention's backward is twice its forward. The adapters' own products, 1% or so, are not counted.
+
+    Args:
+        row_lengths: tokens of each row; rows attend to themselves alone.
+    """
+    whole = Part(0, facts.num_layers - 1, embedding=True, head=True)
+    passes = 3 if settings.method == "full" else 2
+    total = 0.0
+    for length, times in Counter(row_lengths).items():
+        forward, attention = _row_forward_flops(facts, whole, length)
+        total += times * (forward * passes + attention * 3)
+    return total
+
+
+def _row_forward_flops(facts: ModelFacts, part: Part, tokens: int) -> tuple[float, float]:
+    """Forward operations of one row: those of the weights' products, and those of attention."""
+    counts = part_parameters(facts, part)
+    active_experts = counts.expert * facts.experts_per_token / facts.num_experts if facts.num_experts else 0.0
+    table = facts.vocab_size * facts.hidden_size
+    # A tied head computes although it holds no parameters of its own.
+    weights = 2.0 * tokens * (counts.linear + active_experts + (table if part.head else 0))
+    attention = sum(
+        4.0 * tokens * _keys_per_query(facts, tokens, layer) * facts.query_size
+        for layer in range(part.first_layer, part.last_layer + 1)
+    )
+    return weights, attention
 
 
 def micro_batch_seconds(
@@ -66,6 +94,6 @@ def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangemen
     return HOST_SECONDS_PER_LAYER[settings.engine] * factor * part.num_layers
 
 
-def _keys_per_query(facts: ModelFacts, settings: TrainingSettings, layer: int) -> float:
-    half = settings.sequence_length / 2
+def _keys_per_query(facts: ModelFacts, tokens: int, layer: int) -> float:
+    half = tokens / 2
     return min(half, facts.sliding_window) if layer in facts.windowed_layers else half
