@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -121,10 +122,12 @@ def read_result(path: Path, work: Work, samples: int, skipped: int) -> Timed:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         seconds = _numbers(said["seconds"])
-        if not seconds or min(seconds) <= 0:
+        if not seconds or not min(seconds) > 0:
             raise ValueError(f"seconds = {said['seconds']!r}")
         mean = statistics.mean(work.tokens)
         tokens = _each(said.get("tokens"), len(seconds), mean)
+        if not min(tokens) > 0:
+            raise ValueError(f"tokens = {said['tokens']!r}")
         counts = _each(said.get("samples"), len(seconds), samples)
         used = said.get("used_bytes")
         peaks = _numbers(used if isinstance(used, list) else [used] if used is not None else [])
@@ -150,7 +153,10 @@ def read_result(path: Path, work: Work, samples: int, skipped: int) -> Timed:
 def _numbers(values: Any) -> list[float]:
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is no list")
-    return [float(value) for value in values]
+    numbers = [float(value) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{values!r} is not finite")
+    return numbers
 
 
 def _each(value: Any, count: int, otherwise: float) -> list[float]:
@@ -158,7 +164,7 @@ def _each(value: Any, count: int, otherwise: float) -> list[float]:
     if value is None:
         return [otherwise] * count
     if not isinstance(value, list):
-        return [float(value)] * count
+        return _numbers([value] * count)
     if len(value) != count:
         raise ValueError(f"{len(value)} figures for {count} steps")
     return _numbers(value)

@@ -161,7 +161,8 @@ def compare(arms: list[dict[str, Any]], reference: dict[str, Any] | None) -> Non
     for arm in arms:
         speed = arm["tokens_per_second"]["median"]
         arm["speedup_over_one_device"] = speed / single if single else None
-        arm["scaling_efficiency"] = speed / single / arm["num_devices"] if single else None
+        alone = arm["name"] == SINGLE
+        arm["scaling_efficiency"] = speed / single / arm["num_devices"] if single and not alone else None
         arm["ratio_to_reference"] = None
         if reference is None or "timed" not in reference:
             continue

@@ -73,12 +73,12 @@ def bar_chart(chart: BarChart) -> Markup:
         parts.append(tag("rect", title, x=LEFT, y=top, width=width, height=BAR, class_=f"f{bar.color % 10}"))
         middle = top + BAR / 2
         if bar.low is not None and bar.high is not None and bar.high > bar.low:
-            parts.append(tag("line", x1=x(bar.low), x2=x(bar.high), y1=middle, y2=middle, class_="axis"))
+            parts.append(tag("line", x1=x(bar.low), x2=x(bar.high), y1=middle, y2=middle, class_="mark"))
             for end in (bar.low, bar.high):
-                parts.append(tag("line", x1=x(end), x2=x(end), y1=middle - 4, y2=middle + 4, class_="axis"))
+                parts.append(tag("line", x1=x(end), x2=x(end), y1=middle - 4, y2=middle + 4, class_="mark"))
         if bar.mark is not None:
             at = x(bar.mark)
-            parts.append(tag("line", x1=at, x2=at, y1=top - 3, y2=top + BAR + 3, class_="axis", stroke_width=2))
+            parts.append(tag("line", x1=at, x2=at, y1=top - 3, y2=top + BAR + 3, class_="mark", stroke_width=2))
     label = f"{chart.title}: {chart.label}"
     svg = tag("svg", join(*parts), viewBox=f"0 0 {WIDTH} {bottom + 38}", role="img", aria_label=label)
     return tag("figure", tag("figcaption", tag("h3", chart.title)), svg)
