@@ -93,7 +93,7 @@ def make_arm(name: str, config: TrainConfig, hardware: Hardware) -> Arm:
         ConfigError: the devices are only declared.
     """
     began = time.monotonic()
-    if name != SINGLE and len(hardware.devices) == 1:
+    if name != SINGLE and min(len(hardware.devices), config.max_devices or len(hardware.devices)) == 1:
         return Arm(name, config, None, "there is one device")
     try:
         config = _config_of(name, config)

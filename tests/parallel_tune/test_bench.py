@@ -172,6 +172,13 @@ def test_a_signal_in_our_own_run_starts_no_other(bench: Any, alive: Callable[[Pa
     assert alive(ended.run) == []
 
 
+def test_it_does_not_run_inside_a_launcher(bench: Any) -> None:
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    ended = bench.ended("bench", "--hardware=cpu:2", env=env)
+    assert ended.code == 4 and "bench starts its processes itself" in ended.err
+    assert not ended.run.exists()
+
+
 def test_names_of_what_is_compared() -> None:
     assert wanted_names(None, "auto") == ("single", "ddp", "naive", "lanes")
     assert wanted_names("model_parallel, single,lanes", "auto") == ("naive", "lanes", "single")
@@ -204,6 +211,9 @@ def test_what_does_not_fit_says_by_how_much() -> None:
         assert arm.plan is None and "does not fit" in arm.reason and "GiB" in arm.reason
     with pytest.raises(ConfigError, match="this machine has"):
         make_arm("lanes", config, parse_hardware("2xH100-80GB"))
+    assert (
+        make_arm("naive", config.replace(max_devices=1), parse_hardware("2xH100-80GB")).reason == "there is one device"
+    )
 
 
 MODEL = "unsloth/Qwen3-8B"
