@@ -88,7 +88,7 @@ class GlobalBatches:
     def largest_sums(self, steps: int, processes: int) -> list[int]:
         """Entry k-1: the most tokens, padding not counted, of any micro-batch of k rows in the first `steps` steps.
 
-        Of rows that are not joined: a step's are dealt out longest first, so that the first rank's first micro-batch is its largest.
+        Of rows that are not joined: a step deals them out longest first, so the first rank begins with its largest.
         """
         largest: list[int] = []
         for step in range(steps):
