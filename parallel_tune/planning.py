@@ -102,14 +102,18 @@ def _plan(
     known = rows is not None
     plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
     if not plan.captured:
-        plan = replace(plan, uncaptured_reason=uncaptured or _uncaptured(plan))
+        plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
     return plan
 
 
-def _uncaptured(plan: Plan) -> str:
+def _uncaptured(plan: Plan, known: str) -> str:
+    if len(plan.devices) > 1 and plan.processes == 1:
+        return "a step of a split model is not captured"
+    if known:
+        return known
     if plan.gradient_checkpointing != "none":
         return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
     return f"{plan.strategy} has no captured step"
