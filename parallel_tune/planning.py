@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from parallel_tune.capture import why_not_captured
+from parallel_tune.capture import cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.known_rows import KnownRows, RowsEstimator
@@ -71,6 +71,8 @@ def make_plan(
     """
     estimating = estimating or closed_form(facts)
     plan = _plan(config, facts, engine, hardware, registry, estimating, rows)
+    if plan.fits and config.capture == "on" and not plan.captured:
+        raise cannot_capture(plan.uncaptured_reason)
     if plan.fits:
         return plan
     return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, estimating, rows))
@@ -111,7 +113,7 @@ def _plan(
 
 def _uncaptured(plan: Plan, known: str) -> str:
     if len(plan.devices) > 1 and plan.processes == 1:
-        return "a step of a split model is not captured"
+        return "the model is split over several devices"
     if known:
         return known
     if plan.gradient_checkpointing != "none":

@@ -56,7 +56,7 @@ def test_a_recipe_names_the_hardware_in_a_comment_only(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-3.3-70b-qlora-split", "llama-3.3-70b-lora-split"])
 def test_what_is_split_does_not_fit_one_card(name: str) -> None:
     plan = figures.plan_of(recipe(name))
-    assert plan["uncaptured_reason"] == "a step of a split model is not captured"
+    assert plan["uncaptured_reason"] == "the model is split over several devices"
     reasons = {row["strategy"]: row["reason"] for row in plan["rejected"]}
     assert reasons["ddp"].startswith("does not fit")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from parallel_tune import __version__
 from parallel_tune.cli import program
 from parallel_tune.options import TOKENS
+from strategies.errors import ConfigError
 
 LIGHT = """
 import sys
@@ -49,6 +51,21 @@ def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(program, list(arguments), prog_name="parallel-tune")
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--strategy=model_parallel"], "the model is split over several devices"),
+        (["--model=unsloth/Qwen3-32B", "--strategy=ddp"], "recomputed activations|activations that are recomputed"),
+        (["--strategy=ddp", "--hardware=2xT4-16GB"], "rows are padded"),
+    ],
+)
+def test_a_capture_that_was_asked_for_and_cannot_be_is_refused(options: list[str], why: str) -> None:
+    base = ["plan", "--capture=on", *([] if "--hardware" in str(options) else ["--hardware=2xH100-80GB"])]
+    result = CliRunner().invoke(program, [*base, *options])
+    assert isinstance(result.exception, ConfigError)
+    assert re.search(f"--capture on: a step cannot be captured, since .*({why})", str(result.exception))
 
 
 def test_help_is_short_and_help_all_is_whole() -> None:
