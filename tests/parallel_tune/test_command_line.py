@@ -35,6 +35,7 @@ except SystemExit as end:
     "arguments",
     [
         ["--help"], ["--help-all"], ["--version"], ["train", "--help"], ["resume", "--help"], ["demo", "--help"],
+        ["doctor"],
         ["plan", "--model", "unsloth/Llama-3.3-70B-Instruct", "--hardware", "2xH100-80GB", "--json"],
     ],
 )  # fmt: skip
