@@ -46,6 +46,8 @@ def _impossible(
         return "how many tokens reach each expert changes from step to step"
     if config.full_finetuning:
         return "a full fine-tune's gradients are better summed while its backward pass still runs"
+    if config.lora_dropout:
+        return "with dropout no replay could be held against the same step run eagerly"
     if engine == "unsloth" and facts.sliding_window and facts.sliding_window < config.max_seq_length:
         return f"Unsloth's attention windows of {facts.sliding_window} tokens read row boundaries from the host"
     if config.use_gradient_checkpointing not in ("auto", "none"):

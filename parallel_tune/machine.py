@@ -21,7 +21,7 @@ from parallel_tune.nvml import MIB, driver_version, read_nvml
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, RunFailed
 
-BUILT_IN = "built in (from one NVIDIA H200; NCCL is assumed)"
+BUILT_IN = "built in (from two NVIDIA H200s)"
 
 When = Literal["never", "missing", "always"]
 

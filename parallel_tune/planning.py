@@ -93,7 +93,7 @@ def _plan(
     dtype = compute_dtype(config, hardware)
     padding = decide_padding(config, facts, engine, hardware, dtype)
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
-    work = replace(workload(config, facts, engine), capture=not uncaptured)
+    work = replace(workload(config, facts, engine), capture=not uncaptured, force_capture=config.capture == "on")
     settings = training_settings(config, facts, engine, dtype, padding.free)
     estimator = estimating(settings)
     if rows is not None:
@@ -112,13 +112,16 @@ def _plan(
 
 
 def _uncaptured(plan: Plan, known: str) -> str:
+    none = f"{plan.strategy} has no captured step"
     if len(plan.devices) > 1 and plan.processes == 1:
-        return "the model is split over several devices"
+        return none
     if known:
         return known
     if plan.gradient_checkpointing != "none":
         return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
-    return f"{plan.strategy} has no captured step"
+    if plan.strategy == "ddp":
+        return "the memory that recordings keep does not fit beside an eager pass's"
+    return none
 
 
 def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:
@@ -149,6 +152,7 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         force_lanes=config.pipeline == "on",
         lanes=config.lanes,
         stages=config.stages,
+        max_devices=config.max_devices,
     )
 
 

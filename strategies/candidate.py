@@ -167,7 +167,12 @@ def _fastest(candidates: Sequence[Candidate]) -> Candidate:
     equal = [c for c in candidates if c.tokens_per_second >= top * (1 - SPEED_TIE)]
     return min(
         equal,
-        key=lambda c: (_CHECKPOINTING_RANK[c.arrangement.gradient_checkpointing], c.arrangement.lanes, c.fullness),
+        key=lambda c: (
+            _CHECKPOINTING_RANK[c.arrangement.gradient_checkpointing],
+            not c.arrangement.captured,
+            c.arrangement.lanes,
+            c.fullness,
+        ),
     )
 
 

@@ -11,6 +11,13 @@ import pytest
 import recipe_figures as figures
 import yaml
 
+from parallel_tune.config import make_config, read_yaml
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.known_rows import KnownRows
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.planning import make_plan
+from strategies.registry import load_registry
+
 EXPECTED = {
     "llama-3.2-1b-full-ddp": "ddp",
     "llama-3.2-1b-lora-ddp": "ddp",
@@ -56,7 +63,7 @@ def test_a_recipe_names_the_hardware_in_a_comment_only(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-3.3-70b-qlora-split", "llama-3.3-70b-lora-split"])
 def test_what_is_split_does_not_fit_one_card(name: str) -> None:
     plan = figures.plan_of(recipe(name))
-    assert plan["uncaptured_reason"] == "the model is split over several devices"
+    assert plan["uncaptured_reason"] == "model_parallel has no captured step"
     reasons = {row["strategy"]: row["reason"] for row in plan["rejected"]}
     assert reasons["ddp"].startswith("does not fit")
 
@@ -70,3 +77,15 @@ def test_unequal_cards_are_faster_split_than_the_large_one_alone(tune: Any) -> N
     alone = json.loads(tune("plan", *options, f"--hardware={hardware}", base=False).out)
     assert (alone["strategy"], alone["processes"]) == ("ddp", 1)
     assert alone["predicted_tokens_per_second"] < split["predicted_tokens_per_second"]
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-lora-ddp", "qwen3-8b-lora-ddp"])
+def test_short_rows_are_captured_in_one_micro_batch(name: str) -> None:
+    """What these two recipes say of a run, which knows its rows."""
+    config = make_config(read_yaml(recipe(name)))
+    hardware = parse_hardware(figures.stated(recipe(name))["hardware"])
+    rows = KnownRows([20, 60, 110, 110, 150, 400] * 50)
+    facts = load_model_facts(config.model, offline=True)
+    plan = make_plan(config, facts, "unsloth", hardware, load_registry(), rows=rows)
+    assert plan.fits and plan.strategy == "ddp" and plan.captured and plan.padding_free
+    assert plan.gradient_accumulation_steps == 1

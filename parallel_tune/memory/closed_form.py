@@ -6,7 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from parallel_tune.memory import speed
-from parallel_tune.memory.captured import GRADIENT_COPIES, captured_settings, returned_loss_bytes
+from parallel_tune.memory.captured import (
+    CAPTURED_RESERVE_BYTES,
+    GRADIENT_COPIES,
+    captured_settings,
+    returned_loss_bytes,
+)
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
@@ -51,11 +56,13 @@ class ClosedFormEstimator:
         return replace(
             peak,
             context_bytes=context + scratch,
-            reserve_bytes=self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement)
-            + self._second_pass_bytes(peak, arrangement),
+            reserve_bytes=max(
+                self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
+                self._captured_reserve_bytes(peak, arrangement),
+            ),
         )
 
-    def _second_pass_bytes(self, peak: MemoryEstimate, arrangement: Arrangement) -> int:
+    def _captured_reserve_bytes(self, peak: MemoryEstimate, arrangement: Arrangement) -> int:
         """Recordings keep their memory; the eager pass before the next one has its own."""
         if not arrangement.captured:
             return 0
@@ -63,7 +70,8 @@ class ClosedFormEstimator:
         if self.second_pass_tokens is None:
             return a_pass
         # All but the tables of positions grows with the tokens.
-        return a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
+        second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
+        return max(second, min(a_pass, CAPTURED_RESERVE_BYTES))
 
     def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
         """The caching allocator's own: freed blocks that no later tensor fitted into."""

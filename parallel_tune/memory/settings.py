@@ -126,7 +126,7 @@ class MachineConstants:
 
 CUDA_DEFAULTS = MachineConstants(
     context_bytes=768 * MIB,
-    nccl_bytes=350 * MIB,
+    nccl_bytes=848 * MIB,
     reserve_fraction=0.02,
     workspace_bytes=64 * MIB,
     loss_reserve_logits=1.25,
@@ -135,7 +135,7 @@ CUDA_DEFAULTS = MachineConstants(
 """Unmeasured cards get an H200's (torch 2.11, driver 580). Workspaces: 32 MiB each for the threads of forward and
 backward. Context: 767 MiB in all of 17 runs. Reserve: chosen by the 21 runs of tests/test_memory_measured.py, so they
 are no test of it: 0.1-2% behind a fused loss, 1.1-1.6 times the logits behind a plain one, 1.4-2.2 GiB where layers
-are recomputed as well, whatever their size. NCCL is a guess on the safe side until `bench` has measured the machine."""
+are recomputed as well, whatever their size. NCCL: what it took between two H200s over NVLink (NCCL 2.28)."""
 
 CPU_DEFAULTS = MachineConstants(context_bytes=500 * MIB, nccl_bytes=0, reserve_fraction=0.0)
 """Measured: an idle worker that has imported torch 2.13, transformers 5.17, peft and trl and opened a gloo group holds

@@ -53,8 +53,8 @@ def micro_batch_seconds(
 ) -> float:
     """Device seconds of one micro-batch: a roofline of matrix work alone."""
     flops = micro_batch_flops(facts, settings, part, arrangement)
-    tokens = arrangement.micro_batch * settings.sequence_length
-    flops *= 1 + PASS_COSTS_TOKENS / tokens
+    if device.kind == "cuda":
+        flops *= 1 + PASS_COSTS_TOKENS / (arrangement.micro_batch * settings.sequence_length)
     return flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY)
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from parallel_tune import __version__
 from parallel_tune.cli import program
 from parallel_tune.options import TOKENS
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, NoStrategyFits
 
 LIGHT = """
 import sys
@@ -57,8 +57,9 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--strategy=model_parallel"], "the model is split over several devices"),
-        (["--model=unsloth/Qwen3-32B", "--strategy=ddp"], "recomputed activations|activations that are recomputed"),
+        (["--strategy=model_parallel"], "model_parallel has no captured step"),
+        (["--model=unsloth/Qwen3-32B"], "model_parallel has no captured step"),
+        (["--strategy=ddp", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
         (["--strategy=ddp", "--hardware=2xT4-16GB"], "rows are padded"),
     ],
 )
@@ -67,6 +68,15 @@ def test_a_capture_that_was_asked_for_and_cannot_be_is_refused(options: list[str
     result = CliRunner().invoke(program, [*base, *options])
     assert isinstance(result.exception, ConfigError)
     assert re.search(f"--capture on: a step cannot be captured, since .*({why})", str(result.exception))
+
+
+def test_a_capture_that_was_asked_for_is_planned_though_an_eager_plan_is_faster() -> None:
+    base = ["plan", "--json", "--strategy=ddp", "--hardware=2xH100-80GB", "--model=unsloth/Qwen3-8B"]
+    left, asked = (json.loads(invoke(*base, "--global_batch_size=8", f"--capture={how}")) for how in ("auto", "on"))
+    assert asked["fits"] and asked["captured"]
+    assert asked["predicted_tokens_per_second"] <= left["predicted_tokens_per_second"]
+    too_large = CliRunner().invoke(program, [*base[:-1], "--model=unsloth/Qwen3-32B", "--capture=on"])
+    assert isinstance(too_large.exception, NoStrategyFits)
 
 
 def test_help_is_short_and_help_all_is_whole() -> None:

@@ -174,6 +174,7 @@ def test_a_correction_refuses_what_would_just_fit_and_admits_nothing(monkeypatch
         "--per_device_train_batch_size=2",
         "--use_gradient_checkpointing=none",
         "--gradient_accumulation_steps=4",
+        "--capture=off",
     )
     on(Hardware((H200,)), monkeypatch)
     need = plan_json(*options)["devices"][0]["predicted_peak_bytes"]

@@ -1,0 +1,53 @@
+"""The benchmark of ddp runs in small and writes what others read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("benchmark_ddp_speed", BENCHMARKS / "ddp_speed.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, tmp_path: Path) -> None:
+    written = benchmark.main(["--small", "--steps=4", f"--results={tmp_path}"])
+    assert written == tmp_path / "ddp_speed.cpu.json"
+    record = json.loads(written.read_text())
+    assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()
+    both, single = record["rows"]
+    assert (both["what"], both["processes"]) == ("transformers-short-0", 2)
+    assert (single["what"], single["processes"]) == ("single-transformers-short-0", 1)
+    expected = both["tokens_per_second"] / single["tokens_per_second"] / 2
+    assert record["figures"]["weak_scaling"] == pytest.approx(expected)
+
+
+def test_figures_are_ratios_of_medians(benchmark: Any) -> None:
+    options = benchmark.parse(["--gpus=1"])
+    rows = [
+        {"what": "reference-short-0", "tokens_per_second": 100.0, "step_seconds": 1.0},
+        {"what": "unsloth-short-0", "tokens_per_second": 900.0},
+        {"what": "unsloth-short-1", "tokens_per_second": 1100.0},
+        {"what": "transformers-short-0", "tokens_per_second": 500.0},
+        {"what": "unsloth-full-0", "tokens_per_second": 90.0},
+        {"what": "limit-unsloth-full", "tokens_per_second": 100.0},
+        {"what": "arranged-as-the-reference", "tokens_per_second": 99.0, "step_seconds": 1.01},
+    ]
+    found = benchmark.figures(rows, options)
+    assert found["engine"] == "unsloth"
+    assert found["ratio_to_reference"] == 10.0
+    assert found["share_of_captured_limit_full_rows"] == 0.9
+    assert found["overhead"] == pytest.approx(0.01)
+    assert found["weak_scaling"] is None
