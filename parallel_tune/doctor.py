@@ -68,11 +68,13 @@ def examine(environ: Mapping[str, str], output_dir: Path) -> list[Check]:
 
 
 def _safely(name: str, look: Callable[[], list[Check]]) -> list[Check]:
-    """What a user's mistake stops is a finding; the other looks go on."""
+    """What a user's mistake, or a file's rights, stop is a finding; the other looks go on."""
     try:
         return look()
     except ParallelTuneError as error:
         return [Check(name, "problem", error.message, error.hint)]
+    except OSError as error:
+        return [Check(name, "warning", f"could not be looked at: {error}", "See to the path that it names.")]
 
 
 def is_ready(checks: Sequence[Check]) -> bool:

@@ -124,6 +124,9 @@ def meet(
     if answer.get("sum") == count * (count + 1) / 2:
         return Check("processes", "ok", f"{who}: meet and sum")
     said = f"{who}, did not sum: {answer.get('error', answer)}"
+    if "ended" in answer:
+        hint = f"See whether torch loads: {sys.executable} -c 'import torch'"
+        return Check("processes", "problem", f"{who}, ended without an answer: {answer['ended']}", hint)
     set_by_user = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in environ]
     hint = f"Unset {' and '.join(set_by_user)}, or" if set_by_user else "First"
     return Check("processes", "problem", said, f"{hint} see that the interface lo is up and open: ddp needs it.")
@@ -148,7 +151,7 @@ def _answer(command: Sequence[str], env: Mapping[str, str], timeout_seconds: flo
             if isinstance(answer, dict):
                 return answer
     last = err.strip().splitlines()[-1:] or ["they said nothing"]
-    return {"error": f"ended with code {process.returncode}: {last[0]}"}
+    return {"ended": f"code {process.returncode}, {last[0]}"}
 
 
 def _list(devices: Sequence[Device]) -> str:

@@ -91,6 +91,15 @@ def test_one_process_sums_by_itself(environment: dict[str, str]) -> None:
     assert (check.state, check.said) == ("ok", "1 process on the loopback, by gloo: meet and sum")
 
 
+def test_a_torch_that_does_not_load_is_told_from_processes_that_do_not_meet(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is broken')")
+    broken = environment | {"PYTHONPATH": str(tmp_path)}
+    check = doctor_machine.meet("gloo", parse_hardware("cpu:2").devices, broken)
+    assert check.state == "problem" and "libtorch.so is broken" in check.said and "import torch" in check.hint
+
+
 def test_a_backend_without_its_device_is_a_problem(environment: dict[str, str]) -> None:
     """As torch says it on a GPU that it cannot use."""
     check = doctor_machine.meet("nccl", parse_hardware("cpu:1").devices, environment)
