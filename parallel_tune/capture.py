@@ -22,8 +22,13 @@ def why_not_captured(
         return "--capture off"
     reason = _impossible(config, facts, engine, hardware, padding)
     if reason and config.capture == "on":
-        raise ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
+        raise cannot_capture(reason)
     return reason
+
+
+def cannot_capture(reason: str) -> ConfigError:
+    """What to raise where capturing was asked for and cannot be."""
+    return ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
 
 
 def _impossible(
