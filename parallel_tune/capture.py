@@ -9,6 +9,10 @@ from parallel_tune.padding_free import Padding
 from strategies.contracts import Hardware
 from strategies.errors import ConfigError
 
+RECOMPUTED = "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+NO_ROOM = "the memory that recordings keep leaves room for smaller micro-batches only, or for none"
+"""Reasons that shorter rows may do away with."""
+
 
 def why_not_captured(
     config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, padding: Padding

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from parallel_tune.capture import NO_ROOM, RECOMPUTED
 from parallel_tune.config import TrainConfig
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.sampler import GlobalBatches
@@ -34,7 +35,8 @@ def could_do_better(config: TrainConfig, plan: Plan, num_devices: int) -> bool:
     more_at_once = not fixed and plan.gradient_accumulation_steps > 1
     recomputes = config.use_gradient_checkpointing == "auto" and plan.gradient_checkpointing != "none"
     splits = config.strategy == "auto" and plan.processes < num_devices
-    return not plan.fits or more_at_once or recomputes or splits
+    uncaptured = config.capture == "auto" and plan.uncaptured_reason in (NO_ROOM, RECOMPUTED)
+    return not plan.fits or more_at_once or recomputes or splits or uncaptured
 
 
 class KnownRows:

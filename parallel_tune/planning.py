@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from parallel_tune.capture import cannot_capture, why_not_captured
+from parallel_tune.capture import NO_ROOM, RECOMPUTED, cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.known_rows import KnownRows, RowsEstimator
@@ -118,9 +118,9 @@ def _uncaptured(plan: Plan, known: str) -> str:
     if known:
         return known
     if plan.gradient_checkpointing != "none":
-        return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+        return RECOMPUTED
     if plan.strategy == "ddp":
-        return "the memory that recordings keep does not fit beside an eager pass's"
+        return NO_ROOM
     return none
 
 

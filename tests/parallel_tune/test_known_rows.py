@@ -76,6 +76,16 @@ def test_short_rows_go_together_and_are_not_recomputed() -> None:
     assert not could_do_better(config, known, 1)
 
 
+def test_short_rows_are_captured_where_full_ones_leave_no_room() -> None:
+    options = {"global_batch_size": 8, "strategy": "ddp"}
+    config, full = plan_of(None, "2xH100-80GB", **options)
+    assert not full.captured and full.gradient_accumulation_steps == 1
+    assert could_do_better(config, full, 2)
+    _, known = plan_of(ALPACA, "2xH100-80GB", **options)
+    assert known.captured and (known.micro_batch, known.gradient_accumulation_steps) == (4, 1)
+    assert not could_do_better(config.replace(capture="off"), full, 2)
+
+
 def test_what_the_user_says_is_honoured() -> None:
     config, plan = plan_of(ALPACA, global_batch_size=16, per_device_train_batch_size=2)
     assert (plan.micro_batch, plan.gradient_accumulation_steps) == (2, 8)
