@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from parallel_tune.launch import stop_signals
 from parallel_tune.rundir import RunDir, read_metrics
 from parallel_tune.sampler import GlobalBatches
 from parallel_tune.startup import Startup
@@ -128,7 +129,7 @@ class FirstStep(TrainerCallback):  # type: ignore[misc]
 
 
 class StopAtSignal(TrainerCallback):  # type: ignore[misc]
-    """After SIGTERM or SIGINT on any rank, all ranks save a checkpoint at the same step and stop.
+    """After SIGTERM, SIGINT or SIGHUP on any rank, all ranks save a checkpoint at the same step and stop.
 
     The handler only sets a flag: a collective inside it could meet another one half done.
     """
@@ -140,7 +141,7 @@ class StopAtSignal(TrainerCallback):  # type: ignore[misc]
 
     def listen(self) -> None:
         """Take over the signals of this process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self._note)
 
     def _note(self, _number: int, _frame: Any) -> None:

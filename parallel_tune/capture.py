@@ -9,6 +9,10 @@ from parallel_tune.padding_free import Padding
 from strategies.contracts import Hardware
 from strategies.errors import ConfigError
 
+RECOMPUTED = "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+NO_ROOM = "the memory that recordings keep leaves room for smaller micro-batches only, or for none"
+"""Reasons that shorter rows may do away with."""
+
 
 def why_not_captured(
     config: TrainConfig, facts: ModelFacts, engine: EngineName, hardware: Hardware, padding: Padding
@@ -22,8 +26,13 @@ def why_not_captured(
         return "--capture off"
     reason = _impossible(config, facts, engine, hardware, padding)
     if reason and config.capture == "on":
-        raise ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
+        raise cannot_capture(reason)
     return reason
+
+
+def cannot_capture(reason: str) -> ConfigError:
+    """What to raise where capturing was asked for and cannot be."""
+    return ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
 
 
 def _impossible(

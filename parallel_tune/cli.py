@@ -228,6 +228,22 @@ def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
 
 
 @program.command(context_settings=TOKENS)
+@click.option("--json", "as_json", is_flag=True, default=False, help="Print one JSON object.")
+@click.option("--output_dir", default="outputs", show_default=True, type=click.Path(), help="Where runs shall lie.")
+@debug_option
+def doctor(as_json: bool, output_dir: str, debug: bool) -> None:
+    """Say what is here, and whether a run could start; exit code 2 if none could."""
+    import os
+
+    from parallel_tune import doctor as doctors
+
+    checks = doctors.examine(os.environ, Path(output_dir))
+    click.echo(doctors.to_json(checks) if as_json else doctors.render(checks))
+    if not doctors.is_ready(checks):
+        sys.exit(2)
+
+
+@program.command(context_settings=TOKENS)
 @click.option("--strategy", default="auto", show_default=True, help="ddp, model_parallel or auto.")
 @click.option("--hardware", default=None, help="Devices, for example cpu:2.")
 @click.option("--model_dir", default=None, type=click.Path(), help="Where the demo's model is kept.")

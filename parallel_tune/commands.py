@@ -133,6 +133,9 @@ def resume(path: Path, hub_token: str | None = None) -> None:
     if run.result(config).exists():
         raise ConfigError(f"{path} is finished: {run.result(config)} is there", "Start a new run to train on.")
     complete = checkpoint.complete_checkpoints(run.path)
+    while complete and (damaged := checkpoint.damaged_file(complete[-1])):
+        click.echo(f"{complete[-1].name} is passed over: {damaged} is not what was written", err=True)
+        complete.pop()
     if not complete:
         raise ConfigError(
             f"{path} has no complete checkpoint to go on from",

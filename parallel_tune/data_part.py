@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +115,7 @@ def describe_data(
         summary=report.summary(),
         steps_per_epoch=batches.steps_per_epoch,
         padded_reason=padded_reason,
-        padding_share=padding_share(batches, row_lengths, plan),
+        padding_share=padding_share(replace(batches, joined=False), row_lengths, plan),
         packed=packed,
         planned_peak_bytes=tuple(device.predicted_peak_bytes for device in plan.devices),
         predicted_peak_bytes=tuple(estimate.peak_bytes for estimate in predicted),

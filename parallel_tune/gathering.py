@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class Gathering:
     """What was settled.
 
     Attributes:
+        batches: which samples meet where.
         gather: makes a micro-batch of rows; None pads them.
         sizes: tokens that micro-batches are filled up to, ascending; empty where each has its own length.
         padded_reason: why rows are padded; None where they are joined.
         uncaptured_reason: why steps are not captured; None where they are.
     """
 
+    batches: GlobalBatches
     gather: Gather | None
     sizes: tuple[int, ...]
     padded_reason: str | None
@@ -70,7 +72,8 @@ def choose_gathering(
     padded_reason = settle_padding(model, rows, config, plan, session, dtype)
     uncaptured_reason = settle_capture(model, rows, plan, session, dtype, padded_reason)
     if padded_reason is not None:
-        return Gathering(None, (), padded_reason, uncaptured_reason)
+        return Gathering(batches, None, (), padded_reason, uncaptured_reason)
+    batches = replace(batches, joined=True)
     sizes: tuple[int, ...] = ()
     most_rows = 0
     if uncaptured_reason is None:
@@ -78,7 +81,7 @@ def choose_gathering(
         sizes, most_rows = fixed_sizes(batches, [len(lengths) for lengths in rows.row_lengths], plan, steps)
         if not sizes:
             uncaptured_reason = f"{steps} steps are too few for recording to pay"
-    return Gathering(joined(tokenizer.pad_token_id, sizes, most_rows), sizes, None, uncaptured_reason)
+    return Gathering(batches, joined(tokenizer.pad_token_id, sizes, most_rows), sizes, None, uncaptured_reason)
 
 
 def fixed_sizes(batches: GlobalBatches, rows_in: Sequence[int], plan: Plan, steps: int) -> tuple[tuple[int, ...], int]:

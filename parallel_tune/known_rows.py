@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from parallel_tune.capture import NO_ROOM, RECOMPUTED
 from parallel_tune.config import TrainConfig
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.sampler import GlobalBatches
@@ -22,6 +23,9 @@ from strategies.errors import ConfigError
 MOST_ROWS = 2_000_000
 """Rows of a whole run up to which each of its steps is looked at; beyond it the longest rows are taken to meet."""
 
+MOST_ROWS_DEALT = 200_000
+"""Rows of a whole run up to which they are dealt as the run will: a second for each arrangement that is looked at."""
+
 
 def could_do_better(config: TrainConfig, plan: Plan, num_devices: int) -> bool:
     """Whether a plan for full rows might be another one for shorter rows."""
@@ -31,7 +35,8 @@ def could_do_better(config: TrainConfig, plan: Plan, num_devices: int) -> bool:
     more_at_once = not fixed and plan.gradient_accumulation_steps > 1
     recomputes = config.use_gradient_checkpointing == "auto" and plan.gradient_checkpointing != "none"
     splits = config.strategy == "auto" and plan.processes < num_devices
-    return not plan.fits or more_at_once or recomputes or splits
+    uncaptured = config.capture == "auto" and plan.uncaptured_reason in (NO_ROOM, RECOMPUTED)
+    return not plan.fits or more_at_once or recomputes or splits or uncaptured
 
 
 class KnownRows:
@@ -43,7 +48,7 @@ class KnownRows:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = tuple(lengths)
-        self._largest: dict[tuple[int, int, int, int], list[int]] = {}
+        self._largest: dict[tuple[int, ...], int] = {}
 
     @property
     def mean(self) -> float:
@@ -60,22 +65,26 @@ class KnownRows:
             return self
         return KnownRows([min(length, max_seq_length) for length in self.lengths])
 
-    def largest_micro_batch(self, config: TrainConfig, processes: int, micro_batch: int) -> int:
-        """Tokens of the largest micro-batch of a whole run, padding not counted."""
+    def largest_micro_batch(self, config: TrainConfig, arrangement: Arrangement) -> int:
+        """Tokens of the largest micro-batch of a whole run, its rows joined."""
+        processes, micro_batch = arrangement.processes, arrangement.micro_batch
         micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
         product = (micro or DEFAULT_MICRO_BATCH) * (steps or DEFAULT_ACCUMULATION) * processes
         global_batch = config.global_batch_size or product
-        batches = GlobalBatches(self.lengths, (), global_batch, config.seed)
+        batches = GlobalBatches(self.lengths, (), global_batch, config.seed, joined=True)
         num_steps = -(-int(config.num_train_epochs * 1000) // 1000) * batches.steps_per_epoch
         if config.max_steps > 0:
             num_steps = config.max_steps
         if num_steps * global_batch > MOST_ROWS:
             return sum(sorted(self.lengths, reverse=True)[:micro_batch])
-        key = (global_batch, processes, num_steps, config.seed)
+        key = (batches.global_batch, processes, micro_batch, num_steps, config.seed)
         if key not in self._largest:
-            self._largest[key] = batches.largest_sums(num_steps, processes)
-        sums = self._largest[key]
-        return sums[min(micro_batch, len(sums)) - 1]
+            # Each arrangement deals all rows once.
+            if num_steps * global_batch > MOST_ROWS_DEALT:
+                batches = replace(batches, joined=False)  # no less, and quicker
+            count = arrangement.gradient_accumulation_steps
+            self._largest[key] = batches.largest_micro_batch(num_steps, processes, micro_batch, count)
+        return self._largest[key]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class RowsEstimator:
         """Bytes at the peak: for the largest micro-batch where rows are joined, else for the longest row."""
         tokens = self.rows.longest
         if self.settings.packed:
-            tokens = self.rows.largest_micro_batch(self.config, arrangement.processes, arrangement.micro_batch)
+            tokens = self.rows.largest_micro_batch(self.config, arrangement)
             arrangement = replace(arrangement, micro_batch=1)
         return self._of(tokens).memory(part, arrangement, device)
 

@@ -106,7 +106,8 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 class Watcher:
     """Runs the processes of one run from start to end.
 
-    At the first SIGINT or SIGTERM the workers save a checkpoint and stop; at the second everything is killed.
+    At the first SIGINT, SIGTERM or SIGHUP (a terminal that is closed) the workers save a checkpoint and stop; at the
+    second everything is killed.
     """
 
     stopping = "stopping after this step, with a checkpoint; a second signal ends all at once"
@@ -157,7 +158,7 @@ class Watcher:
                 preexec_fn=die_with_parent,
             )
         # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
-        handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()
         previous = {number: signal.signal(number, self._note) for number in handled}
         try:
             vanished = self._wait(process)
@@ -165,11 +166,17 @@ class Watcher:
             self._kill_all(process)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        self._on_poll()
+        self._show()
         self._judge(process.returncode, vanished)
 
-    def _note(self, _number: int, _frame: Any) -> None:
-        self._signals += 1
+    def _note(self, number: int, _frame: Any) -> None:
+        # A terminal that goes says so more than once; only a user's second word ends all at once.
+        if number != signal.SIGHUP or not self._signals:
+            self._signals += 1
+
+    def _show(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone; the run goes on
+            self._on_poll()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> list[int]:
         """Until all have ended, or the end is decided and the grace is over. Returns the ranks that vanished first.
@@ -179,7 +186,7 @@ class Watcher:
         vanished: list[int] = []
         deadline: float | None = None
         while process.poll() is None:
-            self._on_poll()
+            self._show()
             if self._signals == 1 and not self._forwarded:
                 self._forwarded = self._ask_to_stop(process)
             if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
@@ -266,6 +273,12 @@ class Watcher:
         if failed:
             rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
             raise failure(rank, outcomes[rank], self._run)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask a run to stop; SIGHUP not where it is ignored, as under nohup."""
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hang_up)
 
 
 def pid_file(run: RunDir, rank: int) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from parallel_tune.capture import why_not_captured
+from parallel_tune.capture import NO_ROOM, RECOMPUTED, cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.known_rows import KnownRows, RowsEstimator
@@ -71,6 +71,8 @@ def make_plan(
     """
     estimating = estimating or closed_form(facts)
     plan = _plan(config, facts, engine, hardware, registry, estimating, rows)
+    if plan.fits and config.capture == "on" and not plan.captured:
+        raise cannot_capture(plan.uncaptured_reason)
     if plan.fits:
         return plan
     return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, estimating, rows))
@@ -91,7 +93,7 @@ def _plan(
     dtype = compute_dtype(config, hardware)
     padding = decide_padding(config, facts, engine, hardware, dtype)
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
-    work = replace(workload(config, facts, engine), capture=not uncaptured)
+    work = replace(workload(config, facts, engine), capture=not uncaptured, force_capture=config.capture == "on")
     settings = training_settings(config, facts, engine, dtype, padding.free)
     estimator = estimating(settings)
     if rows is not None:
@@ -102,19 +104,24 @@ def _plan(
     known = rows is not None
     plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
     if not plan.captured:
-        plan = replace(plan, uncaptured_reason=uncaptured or _uncaptured(plan))
+        plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
     return plan
 
 
-def _uncaptured(plan: Plan) -> str:
+def _uncaptured(plan: Plan, known: str) -> str:
+    none = f"{plan.strategy} has no captured step"
+    if len(plan.devices) > 1 and plan.processes == 1:
+        return none
+    if known:
+        return known
     if plan.gradient_checkpointing != "none":
-        return "activations that are recomputed are not captured, and without recomputing them the run does not fit"
+        return RECOMPUTED
     if plan.strategy == "ddp":
-        return "the memory that recordings keep does not fit beside an eager pass's"
-    return f"{plan.strategy} has no captured step"
+        return NO_ROOM
+    return none
 
 
 def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:

@@ -42,8 +42,8 @@ def trained_rows(
     batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None, sizes: Sequence[int] = ()
 ) -> TrainedRows:
     """The lengths among the first `steps` steps of a run."""
-    sums = batches.largest_sums(steps, plan.processes)
-    tokens = sums[min(plan.micro_batch, len(sums)) - 1]
+    arrangement = (plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
+    tokens = batches.largest_micro_batch(steps, *arrangement)
     filled_up = size_for(tokens, sizes)
     return TrainedRows(
         longest=batches.longest_row(steps),

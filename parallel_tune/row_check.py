@@ -76,7 +76,7 @@ def settle_capture(
     if padded_reason is not None:
         return f"rows are padded, since {padded_reason}"
     few = [_end_of(rows[number % len(rows)]) for number in range(ROWS)]
-    with torch.no_grad(), torch.autocast(session.device.type, dtype):
+    with torch.no_grad(), torch.autocast(session.device.type, dtype, enabled=dtype != torch.float32):
         was_training = model.training
         reason = _difference(model.eval(), few, plan, session, TOLERANCE[dtype], fixed=True)
         model.train(was_training)

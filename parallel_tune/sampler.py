@@ -6,6 +6,7 @@ and micro-batch trains on the same samples in the same step.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ class GlobalBatches:
         lengths: tokens of each sample.
         targets: predicted tokens of each sample.
         global_batch: samples of one optimizer step; the last step of an epoch has what is left.
+        joined: rows of a micro-batch are joined, so that their sum counts; else the longest one does.
     """
 
     lengths: tuple[int, ...]
     targets: tuple[int, ...]
     global_batch: int
     seed: int
+    joined: bool = False
 
     @property
     def num_samples(self) -> int:
@@ -47,10 +50,14 @@ class GlobalBatches:
     ) -> list[list[list[int]]]:
         """Sample ids of each rank's micro-batches, indexed [rank][micro-batch]; some may be empty.
 
-        Rows of similar length meet in a micro-batch, and all ranks work on similar lengths at once, so that little is
-        padded and no rank waits long.
+        Joined rows are dealt so that all micro-batches have about as many tokens: none needs much more memory than the
+        others, no rank and no stage waits long. Of padded ones those of similar length meet in a micro-batch, and all
+        ranks work on similar lengths at once, so that little is padded.
         """
         ids = sorted(self.sample_ids(step), key=lambda i: (-self.lengths[i], i))
+        if self.joined:
+            dealt = deal_evenly(ids, self.lengths, processes * num_micro_batches, micro_batch)
+            return [dealt[rank::processes] for rank in range(processes)]
         rows_at_once = processes * micro_batch
         shares: list[list[list[int]]] = [[[] for _ in range(num_micro_batches)] for _ in range(processes)]
         for position, sample in enumerate(ids):
@@ -66,10 +73,22 @@ class GlobalBatches:
         """Tokens of the longest row among the first `steps` steps."""
         return max(self.lengths[i] for step in range(min(steps, self.steps_per_epoch)) for i in self.sample_ids(step))
 
+    def largest_micro_batch(self, steps: int, processes: int, micro_batch: int, num_micro_batches: int) -> int:
+        """The most tokens, padding not counted, of any micro-batch in the first `steps` steps."""
+        if not self.joined:
+            sums = self.largest_sums(steps, processes)
+            return sums[min(micro_batch, len(sums)) - 1]
+        return max(
+            sum(self.lengths[i] for i in rows)
+            for step in range(steps)
+            for rank in self.micro_batches(step, processes, micro_batch, num_micro_batches)
+            for rows in rank
+        )
+
     def largest_sums(self, steps: int, processes: int) -> list[int]:
         """Entry k-1: the most tokens, padding not counted, of any micro-batch of k rows in the first `steps` steps.
 
-        A step's rows are dealt out longest first, so that the first rank's first micro-batch is its largest.
+        Of rows that are not joined: a step deals them out longest first, so the first rank begins with its largest.
         """
         largest: list[int] = []
         for step in range(steps):
@@ -94,6 +113,26 @@ def _epoch_order(num_samples: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(num_samples))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return tuple(order)
+
+
+def deal_evenly(ids: Sequence[int], lengths: Sequence[int], count: int, most: int) -> list[list[int]]:
+    """Samples in `count` groups of at most `most`, of about as many tokens each; those with more tokens come first.
+
+    Each sample, the longest first, goes to the group with the fewest tokens (Graham 1969, LPT).
+
+    Args:
+        ids: longest first.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    open_groups = [(0, number) for number in range(count)]
+    for sample in ids:
+        tokens, number = heapq.heappop(open_groups)
+        groups[number].append(sample)
+        sums[number] = tokens + lengths[sample]
+        if len(groups[number]) < most:
+            heapq.heappush(open_groups, (sums[number], number))
+    return [groups[number] for number in sorted(range(count), key=lambda number: (-sums[number], number))]
 
 
 def shortest_at_the_ends(micro_batches: Sequence[list[int]]) -> list[list[int]]:

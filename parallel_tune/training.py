@@ -124,8 +124,11 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one step, and the predicted tokens of the global batch.
 
-        The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU.
+        The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU. A run that was
+        resumed after its last step has none left, where transformers would train one more.
         """
+        if self.state.global_step >= self.state.max_steps:
+            return [], torch.zeros((), device=device)
         micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         return micro_batches, torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
 

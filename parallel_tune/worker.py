@@ -132,6 +132,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     session.place(model)
     startup.mark("load")
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
+    batches = gathering.batches
     first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, gathering.padded_reason, gathering.sizes)
     if session.is_main:
         predicted = predict_for_rows(config, plan, first_epoch)

@@ -76,6 +76,7 @@ class Workload:
         pipeline: whether a split may keep several micro-batches in flight.
         force_lanes: it shall, on virtual devices too.
         capture: whether a replica's steps may be captured as CUDA graphs.
+        force_capture: whether they must be, though an eager plan may be faster.
         lanes: how many then; as many as stages if None.
         stages: parts of a split; more than devices share them.
     """
@@ -93,6 +94,7 @@ class Workload:
     pipeline: bool = True
     force_lanes: bool = False
     capture: bool = False
+    force_capture: bool = False
     lanes: int | None = None
     stages: int | None = None
     max_devices: int | None = None

@@ -17,7 +17,7 @@ from strategies.candidate import (
     noun,
     to_plan,
 )
-from strategies.contracts import Arrangement, Device, Hardware, Part, Plan, Verdict, Workload
+from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Part, Plan, Verdict, Workload
 from strategies.devices import device_sets, unequal_speed
 from strategies.errors import ConfigError
 from strategies.fit import gib, need, usable_bytes
@@ -78,8 +78,7 @@ def _candidates(
 ) -> list[Candidate]:
     found = []
     for checkpointing in checkpointing_choices(workload, devices[0]):
-        # A captured step needs more memory: where it does not fit, the same run eagerly may.
-        for captured in (True, False) if workload.capture and checkpointing == "none" else (False,):
+        for captured in _capture_choices(workload, checkpointing):
             for micro_batch, steps in batch.candidates:
                 arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing, captured=captured)
                 candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
@@ -87,6 +86,13 @@ def _candidates(
                 if not candidate.fits:
                     break  # larger micro-batches need more
     return found
+
+
+def _capture_choices(workload: Workload, checkpointing: Checkpointing) -> tuple[bool, ...]:
+    if not workload.capture or checkpointing != "none":
+        return () if workload.force_capture else (False,)
+    # A captured step needs more memory: where it does not fit, the same run eagerly may.
+    return (True,) if workload.force_capture else (True, False)
 
 
 def _candidate(

@@ -8,6 +8,7 @@ in `FlatGradients`, which are averaged over replicas after the last micro-batch.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What repeats the work, and the tensor that holds its result after each repetition. Does not do the work."""
 
+    def forget(self) -> None:
+        """Free what was recorded; nothing of it is repeated any more."""
+
 
 class CudaGraphs:
     """CUDA graphs on one device that share one pool of memory, since they never run at once."""
@@ -51,6 +55,9 @@ class CudaGraphs:
             result = work()
         self._graphs.append(graph)
         return graph.replay, result
+
+    def forget(self) -> None:
+        self._graphs.clear()
 
 
 @dataclass
@@ -173,12 +180,15 @@ class Replay:
             self._gradients.begin()
             _replayed(recording, batch)
             error = self._gradients.distance(self._gradients.copy(), eager)
-            self.report.gradient_error = max(self.report.gradient_error, error)
-            if error <= SAME_GRADIENTS:
+            if math.isnan(error):  # gradients that overflowed, as with the first scales of float16, tell nothing
+                self._first[_signature_of(batch)] = first
+            elif error <= SAME_GRADIENTS:
+                self.report.gradient_error = max(self.report.gradient_error, error)
                 self._recordings[_signature_of(batch)] = recording
                 self.report.recordings += 1
                 self.report.sizes = sorted([*self.report.sizes, size])
             else:
+                self.report.gradient_error = error
                 self._give_up(f"a captured step's gradients are {error:.1%} off those of the same step run eagerly")
         self._gradients.begin()
         self._gradients.restore(after)
@@ -191,7 +201,8 @@ class Replay:
         except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
             _log.warning("the step cannot be captured", exc_info=error)
             cause = _first_cause(error)
-            self._give_up(f"the step cannot be captured: {type(cause).__name__}: {str(cause).splitlines()[0]}")
+            said = [type(cause).__name__, *str(cause).strip().splitlines()[:1]]
+            self._give_up(f"the step cannot be captured: {': '.join(said)}")
             return None
         return _Recording(inputs, replay, loss)
 
@@ -199,6 +210,7 @@ class Replay:
         self.report.reason = reason
         self._recordings.clear()
         self._first.clear()
+        self._recorder.forget()
 
 
 def _first_cause(error: BaseException) -> BaseException:

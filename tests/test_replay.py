@@ -28,6 +28,9 @@ class Again:
 
         return replay, result
 
+    def forget(self) -> None:
+        self.forgotten = True
+
 
 class Constant(Again):
     """Records the host's values, as a model that reads a tensor while it is captured does."""
@@ -52,8 +55,12 @@ class Constant(Again):
 
 
 class Refusing(Again):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+        raise self.error
 
 
 def build() -> torch.nn.Module:
@@ -135,14 +142,34 @@ def test_what_holds_more_than_tensors_is_run_eagerly() -> None:
     assert (replay.report.recordings, replay.report.reason) == (0, None)
 
 
-def test_a_step_that_cannot_be_captured_is_run_eagerly_and_said() -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("stream is capturing\nsecond line"), "RuntimeError: stream is capturing"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_is_run_eagerly_and_said(error: Exception, told: str) -> None:
     data = steps(6)
     plain, captured = build(), build()
-    replay = replay_of(captured, Refusing())
+    recorder = Refusing(error)
+    replay = replay_of(captured, recorder)
     assert train(captured, data, replay) == train(plain, data, None)
-    assert replay.report.reason == (
-        "the step cannot be captured: RuntimeError: operation not permitted when stream is capturing"
-    )
+    assert replay.report.reason == f"the step cannot be captured: {told}"
+    assert recorder.forgotten
+
+
+def test_gradients_that_overflow_are_no_reason_to_give_up() -> None:
+    data = steps(6, lengths=(4,))
+    model = build()
+    replay = replay_of(model, Again())
+    forward = forward_of(model)
+    for number, (batch,) in enumerate(data):
+        if number == 1:
+            batch["y"][0] = float("inf")
+        replay.run([batch], forward, backward=lambda loss: loss.backward())
+    assert (replay.report.reason, replay.report.recordings) == (None, 1)
+    assert replay.report.replayed_elements == 3 * 24
 
 
 def test_a_recording_that_took_values_for_constant_is_found_out() -> None:

@@ -235,14 +235,15 @@ def bench(config: TrainConfig, request: Request) -> None:
 def _run_and_show(made: Bench, folder: Path) -> None:
     interrupted = False
     # Whatever runs at that moment, its processes are ended and what was measured is shown.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         made.run()
     except (Interrupted, KeyboardInterrupt):
         interrupted = True
         made.write()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     results = made.results()
     if results["arms"]:
         click.echo("")

@@ -145,7 +145,7 @@ def test_what_cannot_run_is_listed_and_a_failed_reference_takes_nothing(bench: A
     assert again.code == 2 and "holds a benchmark already" in again.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_all_and_keeps_what_there_is(
     number: signal.Signals, bench: Any, alive: Callable[[Path], list[int]]
 ) -> None:

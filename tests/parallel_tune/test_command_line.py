@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from parallel_tune import __version__
 from parallel_tune.cli import program
 from parallel_tune.options import TOKENS
+from strategies.errors import ConfigError, NoStrategyFits
 
 LIGHT = """
 import sys
@@ -33,6 +35,7 @@ except SystemExit as end:
     "arguments",
     [
         ["--help"], ["--help-all"], ["--version"], ["train", "--help"], ["resume", "--help"], ["demo", "--help"],
+        ["doctor"],
         ["plan", "--model", "unsloth/Llama-3.3-70B-Instruct", "--hardware", "2xH100-80GB", "--json"],
     ],
 )  # fmt: skip
@@ -49,6 +52,31 @@ def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(program, list(arguments), prog_name="parallel-tune")
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--strategy=model_parallel"], "model_parallel has no captured step"),
+        (["--model=unsloth/Qwen3-32B"], "model_parallel has no captured step"),
+        (["--strategy=ddp", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
+        (["--strategy=ddp", "--hardware=2xT4-16GB"], "rows are padded"),
+    ],
+)
+def test_a_capture_that_was_asked_for_and_cannot_be_is_refused(options: list[str], why: str) -> None:
+    base = ["plan", "--capture=on", *([] if "--hardware" in str(options) else ["--hardware=2xH100-80GB"])]
+    result = CliRunner().invoke(program, [*base, *options])
+    assert isinstance(result.exception, ConfigError)
+    assert re.search(f"--capture on: a step cannot be captured, since .*({why})", str(result.exception))
+
+
+def test_a_capture_that_was_asked_for_is_planned_though_an_eager_plan_is_faster() -> None:
+    base = ["plan", "--json", "--strategy=ddp", "--hardware=2xH100-80GB", "--model=unsloth/Qwen3-8B"]
+    left, asked = (json.loads(invoke(*base, "--global_batch_size=8", f"--capture={how}")) for how in ("auto", "on"))
+    assert asked["fits"] and asked["captured"]
+    assert asked["predicted_tokens_per_second"] <= left["predicted_tokens_per_second"]
+    too_large = CliRunner().invoke(program, [*base[:-1], "--model=unsloth/Qwen3-32B", "--capture=on"])
+    assert isinstance(too_large.exception, NoStrategyFits)
 
 
 def test_help_is_short_and_help_all_is_whole() -> None:

@@ -17,7 +17,7 @@ from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.prediction import TrainedRows, predict_for_rows
 from parallel_tune.sampler import GlobalBatches
-from strategies.contracts import Plan
+from strategies.contracts import Arrangement, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
 
@@ -35,7 +35,7 @@ def test_the_largest_micro_batch_is_that_of_the_run(
     lengths: list[int], global_batch: int, processes: int, micro_batch: int, how_long: dict[str, Any]
 ) -> None:
     config = make_config({"global_batch_size": global_batch, **how_long})
-    batches = GlobalBatches(tuple(lengths), tuple(lengths), global_batch, config.seed)
+    batches = GlobalBatches(tuple(lengths), tuple(lengths), global_batch, config.seed, joined=True)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs) * batches.steps_per_epoch
     count = -(-global_batch // (processes * micro_batch))
     expected = max(
@@ -44,13 +44,16 @@ def test_the_largest_micro_batch_is_that_of_the_run(
         for rank in batches.micro_batches(step, processes, micro_batch, count)
         for rows in rank
     )
-    assert KnownRows(lengths).largest_micro_batch(config, processes, micro_batch) == expected
+    arrangement = Arrangement(processes, micro_batch, count, "none")
+    assert KnownRows(lengths).largest_micro_batch(config, arrangement) == expected
+    # What a run too long to deal counts on.
+    assert expected <= replace(batches, joined=False).largest_micro_batch(steps, processes, micro_batch, count)
 
 
 def test_a_run_too_long_to_look_at_counts_on_the_longest_rows() -> None:
     rows = KnownRows([5, 9, 7, 2])
     config = make_config({"global_batch_size": 2, "max_steps": MOST_ROWS})
-    assert rows.largest_micro_batch(config, 1, 2) == 16
+    assert rows.largest_micro_batch(config, Arrangement(1, 2, 1, "none")) == 16
     assert rows.cut(6).lengths == (5, 6, 6, 2) and rows.cut(9) is rows
 
 
@@ -71,6 +74,16 @@ def test_short_rows_go_together_and_are_not_recomputed() -> None:
     assert (known.micro_batch, known.gradient_accumulation_steps, known.gradient_checkpointing) == (4, 1, "none")
     assert known.rows_known and not full.rows_known and known.fits
     assert not could_do_better(config, known, 1)
+
+
+def test_short_rows_are_captured_where_full_ones_leave_no_room() -> None:
+    options = {"global_batch_size": 8, "strategy": "ddp"}
+    config, full = plan_of(None, "2xH100-80GB", **options)
+    assert not full.captured and full.gradient_accumulation_steps == 1
+    assert could_do_better(config, full, 2)
+    _, known = plan_of(ALPACA, "2xH100-80GB", **options)
+    assert known.captured and (known.micro_batch, known.gradient_accumulation_steps) == (4, 1)
+    assert not could_do_better(config.replace(capture="off"), full, 2)
 
 
 def test_what_the_user_says_is_honoured() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
 SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
@@ -122,6 +124,55 @@ def test_an_interrupt_stops_in_order_and_the_run_goes_on(
     losses = resumed_losses(resumed)
     uninterrupted = request.getfixturevalue(whole)
     assert list(losses.values()) == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+def test_a_closed_terminal_stops_in_order(tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path) -> None:
+    command = tune.start(*SPLIT, env=noting | {"FAULT": f"hold:0:{10 * SPLIT_PASSES + 1}"})
+    command.wait_for(tmp_path / "held")
+    command.send(signal.SIGHUP)
+    command.wait_for_word("stopping after this step")
+    command.send(signal.SIGHUP)  # a shell repeats what the kernel has said
+    (tmp_path / "go").touch()
+    stopped = command.wait()
+    assert stopped.code == 75, stopped.err
+    assert "checkpoint-11" in checkpoints(stopped.run)
+    assert not alive(stopped.run)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
+    run = unfinished_copy(ddp_run.run, tmp_path / "copy")
+    file = run / "checkpoint-20" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    resumed = tune("resume", str(run), base=False)
+    assert "checkpoint-20 is passed over: adapter_model.safetensors is not what was written" in resumed.err
+    assert "resuming from checkpoint-16" in resumed.out
+    assert weights(run) == pytest.approx(weights(ddp_run.run), rel=1e-5, abs=1e-7)
+
+
+def test_nothing_is_trained_after_the_last_step(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
+    """The result was lost after the last checkpoint."""
+    run = unfinished_copy(ddp_run.run, tmp_path / "copy")
+    resumed = tune("resume", str(run), base=False)
+    assert "resuming from checkpoint-20" in resumed.out
+    assert [row["step"] for row in resumed.metrics if "loss" in row][-1] == 20
+    assert resumed.report["steps"] == 20 and resumed.report["tokens"] == ddp_run.report["tokens"]
+    assert weights(run) == weights(ddp_run.run)
+
+
+def unfinished_copy(run: Path, to: Path) -> Path:
+    """The run as it would be, had it been killed before its result was written."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "adapter")
+    for left in [to / "report.json", *to.rglob("*outcome*")]:
+        left.unlink()
+    return to
+
+
+def weights(run: Path) -> list[float]:
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    return [float(value) for name in sorted(tensors) for value in tensors[name].flatten()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

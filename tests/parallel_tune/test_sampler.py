@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +69,35 @@ def test_rows_of_like_length_meet() -> None:
     made = batches([5, 100, 6, 90, 7, 80], 6)
     assert made.micro_batches(0, 1, 2, 3) == [[[1, 3], [5, 4], [2, 0]]]
     assert made.micro_batches(0, 2, 1, 3) == [[[1], [5], [2]], [[3], [4], [0]]]
+
+
+@given(sizes, st.integers(1, 20), st.integers(1, 4), st.integers(1, 5), st.integers(0, 30))
+def test_joined_rows_are_dealt_evenly(
+    lengths: list[int], global_batch: int, processes: int, micro_batch: int, step: int
+) -> None:
+    made = replace(batches(lengths, global_batch), joined=True)
+    shares = made.micro_batches(step, processes, micro_batch, needed(global_batch, processes, micro_batch))
+    assert sorted(i for rank in shares for one in rank for i in one) == sorted(made.sample_ids(step))
+    groups = [one for rank in shares for one in rank]
+    assert all(len(one) <= micro_batch for one in groups)
+    # No other group could have taken a row of the fullest one and stayed below it.
+    sums = [sum(lengths[i] for i in one) for one in groups]
+    fullest = groups[sums.index(max(sums))]
+    for one, tokens in zip(groups, sums, strict=True):
+        if fullest and len(one) < micro_batch:
+            assert tokens + min(lengths[i] for i in fullest) >= max(sums)
+    # Ranks work on like sums at once.
+    for place in range(len(shares[0])):
+        now = [sum(lengths[i] for i in rank[place]) for rank in shares]
+        later = [sum(lengths[i] for i in one) for rank in shares for one in rank[place + 1 :]]
+        assert min(now) >= max(later, default=0)
+
+
+def test_joined_rows_of_a_step_make_like_sums() -> None:
+    made = replace(batches([250, 160, 120, 110, 95, 80, 60, 40], 8), joined=True)
+    for processes, count in ((1, 2), (2, 1)):
+        shares = made.micro_batches(0, processes, 4, count)
+        assert sorted(sum(made.lengths[i] for i in one) for rank in shares for one in rank) == [435, 480]
 
 
 def test_epochs_differ_and_seeds_differ() -> None:

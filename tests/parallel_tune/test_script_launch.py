@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,24 @@ def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == 2
+
+
+@pytest.mark.parametrize(("script", "length"), [("unsloth_sft.py", "--max_seq_length"), ("trl_sft.py", "--max_length")])
+def test_supervised_fine_tuning_runs_unmodified(tmp_path: Path, model: Path, script: str, length: str) -> None:
+    data = ROOT / "examples" / "short_answers.jsonl"
+    options = ("--max_steps", 1, length, 64, "--gradient_accumulation_steps", 1)
+    done = launch(
+        tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", SCRIPTS / script, model, data, "out", *options
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A step takes four of at most 266 rows, two in each process; one process by itself would take half as many.
+    epoch = re.search(r"'epoch': '([\d.]+)'", done.stdout)
+    assert epoch and 0.0149 < float(epoch[1]) < 0.0160
+    for rank in range(2):
+        log = (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+        assert f"process {rank} of 2" in log
+        assert f"layers on {['cpu'] * 4}" in log
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_under_model_parallel_a_script_is_one_process(tmp_path: Path, model: Path) -> None:
