@@ -33,7 +33,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install $(VENV)/.unsloth lint
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
