@@ -25,6 +25,7 @@ from parallel_tune.bench.work import Work, lay_out
 from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import find_hardware
+from parallel_tune.launch import stop_signals
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.plan_view import headline
@@ -235,7 +236,7 @@ def bench(config: TrainConfig, request: Request) -> None:
 def _run_and_show(made: Bench, folder: Path) -> None:
     interrupted = False
     # Whatever runs at that moment, its processes are ended and what was measured is shown.
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, _interrupt) for number in stop_signals()}
     try:
         made.run()
     except (Interrupted, KeyboardInterrupt):
