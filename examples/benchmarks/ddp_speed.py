@@ -98,27 +98,16 @@ def reference(folder: Path, name: str, model: Path, rows: Path, options: argpars
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={options.gpus}"]
     call([*launcher, *script, f"--max_seq_length={options.length}"])
     found = json.loads(result.read_text())
-    seconds = found["seconds"][WARM_UP:]
-    tokens = SAMPLES * options.gpus * mean_tokens(model, rows, options.length)
+    seconds, tokens = found["seconds"][WARM_UP:], found["tokens"][WARM_UP:]
     return {
         "what": name,
         "processes": found["processes"],
-        # Its order of rows is its own; on average a step has as many tokens as ours.
-        "tokens_per_second": tokens / statistics.median(seconds),
+        "tokens_per_second": sum(tokens) / sum(seconds),
         "step_seconds": statistics.median(seconds),
         "step_seconds_p90": sorted(seconds)[int(len(seconds) * 0.9)],
         "losses": found["losses"],
         "used_bytes": found["used_bytes"],
     }
-
-
-def mean_tokens(model: Path, rows: Path, longest: int) -> float:
-    """Tokens of a row on average, cut at the longest."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
-    return statistics.mean(min(longest, len(ids)) for ids in tokenizer(texts)["input_ids"])
 
 
 def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
