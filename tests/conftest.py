@@ -273,6 +273,24 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "installed"
 
 
+Install = Callable[..., dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def package() -> Install:
+    """Writes an installed package `other` with one entry point; gives the environment that has it."""
+
+    def install(folder: Path, entry: str, body: str = "") -> dict[str, str]:
+        info = folder / "other-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[parallel_tune.strategies]\n{entry}\n")
+        (folder / "other.py").write_text(body)
+        return {"PYTHONPATH": str(folder)}
+
+    return install
+
+
 @pytest.fixture
 def noting(third_party: Path, tmp_path: Path) -> dict[str, str]:
     """Environment in which the third party's strategies are installed and leave their notes in `tmp_path`."""

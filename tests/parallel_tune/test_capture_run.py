@@ -49,15 +49,10 @@ class RecordedDDP(DDP):
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def recorded(package: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment in which the strategy is installed."""
-    folder = tmp_path_factory.mktemp("recorded")
-    info = folder / "recorded-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: recorded\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[parallel_tune.strategies]\nrecorded_ddp = recorded:RecordedDDP\n")
-    (folder / "recorded.py").write_text(STRATEGY)
-    return {"PYTHONPATH": str(folder)}
+    found: dict[str, str] = package(tmp_path_factory.mktemp("recorded"), "recorded_ddp = other:RecordedDDP", STRATEGY)
+    return found
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -11,16 +11,6 @@ from typing import Any
 MODEL = ("--model=unsloth/Llama-3.2-1B-Instruct", "--hardware=cpu:2")
 
 
-def package(folder: Path, entry: str, body: str = "") -> dict[str, str]:
-    """An installed package with one entry point, and the environment that has it."""
-    info = folder / "other-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[parallel_tune.strategies]\n{entry}\n")
-    (folder / "other.py").write_text(body)
-    return {"PYTHONPATH": str(folder)}
-
-
 def test_an_installed_strategy_is_planned_by_its_name(tune: Any, third_party: Path) -> None:
     env = {"PYTHONPATH": str(third_party)}
     planned = tune.ended("plan", *MODEL, "--strategy=noted_split", base=False, env=env)
@@ -32,7 +22,7 @@ def test_an_installed_strategy_is_planned_by_its_name(tune: Any, third_party: Pa
     assert "Registered: ddp, model_parallel, noted_ddp, noted_split" in unknown.err
 
 
-def test_two_packages_with_one_name_are_refused(tune: Any, tmp_path: Path) -> None:
+def test_two_packages_with_one_name_are_refused(tune: Any, package: Any, tmp_path: Path) -> None:
     ended = tune.ended("plan", *MODEL, base=False, env=package(tmp_path, "ddp = other:DDP"))
     assert ended.code == 2
     assert "two packages offer a strategy 'ddp'" in ended.err
@@ -40,7 +30,7 @@ def test_two_packages_with_one_name_are_refused(tune: Any, tmp_path: Path) -> No
     assert "strategies.ddp:DDP" in ended.err
 
 
-def test_a_broken_package_is_told_and_disturbs_nobody_else(tune: Any, tmp_path: Path) -> None:
+def test_a_broken_package_is_told_and_disturbs_nobody_else(tune: Any, package: Any, tmp_path: Path) -> None:
     env = package(tmp_path, "mine = other:Mine", "raise RuntimeError('half installed')")
     planned = tune.ended("plan", *MODEL, base=False, env=env)
     assert planned.code == 0
