@@ -123,7 +123,10 @@ class EncodedRows(Sequence[EncodedRow]):
         rows = cls()
         rows._ends = array("q")
         for part, count in zip(rows.parts, counts, strict=True):
-            part.fromfile(file, count)
+            try:
+                part.fromfile(file, count)
+            except ValueError as error:  # torn within an item
+                raise EOFError(f"the file ends within an item: {error}") from error
         tokens = len(rows._input_ids)
         if len(rows._labels) != tokens or rows._ends[:1].tolist() != [0] or rows._ends[-1] != tokens:
             raise ValueError("rows, tokens and labels do not belong together")
