@@ -259,7 +259,15 @@ def run_training(folder: Path, run: Path, *options: str) -> list[tuple[float, fl
 @pytest.fixture(scope="module")
 def llama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama-1b")
-    subprocess.run([sys.executable, str(Path(__file__).with_name("shapes.py")), "llama-1b", str(folder)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parents[2] / "examples" / "benchmarks" / "shapes.py"),
+            "llama-1b",
+            str(folder),
+        ],
+        check=True,
+    )
     return folder
 
 
