@@ -256,31 +256,16 @@ def run_training(folder: Path, run: Path, *options: str) -> list[tuple[float, fl
     return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def llama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama-1b")
-    subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).parents[2] / "examples" / "benchmarks" / "shapes.py"),
-            "llama-1b",
-            str(folder),
-        ],
-        check=True,
-    )
-    return folder
-
-
 @pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "4bit"])
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_whole_runs_agree(engine: str, four_bit: bool, llama_1b: Path, tmp_path: Path) -> None:
+def test_whole_runs_agree(engine: str, four_bit: bool, shape: Callable[[str], Path], tmp_path: Path) -> None:
     """On as many GPUs as the machine has, up to two."""
     needed = [*(["unsloth"] if engine == "unsloth" else []), *(["bitsandbytes"] if four_bit else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {' and '.join(missing)}")
     options = ["--engine", engine, *(["--load_in_4bit"] if four_bit else [])]
-    off = run_training(llama_1b, tmp_path / "off", *options, "--pipeline", "off")
-    on = run_training(llama_1b, tmp_path / "on", *options, "--pipeline", "on")
+    off = run_training(shape("llama-1b"), tmp_path / "off", *options, "--pipeline", "off")
+    on = run_training(shape("llama-1b"), tmp_path / "on", *options, "--pipeline", "on")
     report = json.loads((tmp_path / "on" / "report.json").read_text())
     assert (report["lanes"], report["lanes_reason"]) == (2, None)
     print(engine, four_bit, off, on, report["devices"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -27,15 +28,13 @@ def family(process: subprocess.Popen[bytes]) -> set[int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("capture", ["off", "auto"])
-def test_no_process_holds_memory_on_two_cards(capture: str, tmp_path: Path) -> None:
+def test_no_process_holds_memory_on_two_cards(capture: str, shape: Callable[[str], Path], tmp_path: Path) -> None:
     pynvml.nvmlInit()
     if pynvml.nvmlDeviceGetCount() < 2:
         pytest.skip("needs two GPUs")
-    shapes = ROOT / "examples" / "benchmarks" / "shapes.py"
-    subprocess.run([sys.executable, shapes, "llama-1b", tmp_path / "model"], check=True)
     run = tmp_path / "run"
     command = [
-        sys.executable, "-m", "parallel_tune", f"--model={tmp_path / 'model'}", "--strategy=ddp",
+        sys.executable, "-m", "parallel_tune", f"--model={shape('llama-1b')}", "--strategy=ddp",
         f"--dataset={ROOT / 'examples' / 'short_answers.jsonl'}", "--engine=transformers", "--max_seq_length=256",
         "--max_steps=150", "--global_batch_size=8", f"--output_dir={run}", "--report_to=none", f"--capture={capture}",
     ]  # fmt: skip
