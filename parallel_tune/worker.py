@@ -94,7 +94,10 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     from parallel_tune.engines import open_engine
+    from strategies.registry import load_registry
 
+    # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
+    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     engine = open_engine(plan.engine)
     engine.prepare()  # before transformers, trl and peft are imported
 
@@ -110,9 +113,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.stopping import StopEarly, check_reached
     from parallel_tune.tracing import predict_for_rows
     from parallel_tune.training import build_trainer
-    from strategies.registry import load_registry
 
-    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     stop = StopAtSignal(session)
     stop.listen()
     startup.mark("import")

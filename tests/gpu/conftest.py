@@ -1,6 +1,6 @@
 """What the tests on GPUs share: runs through the command line, and a suite that can be ended and gone on with.
 
-    pytest -m gpu tests/gpu -n 5 -p no:benchmark --gpu-done passed.txt --gpu-minutes 8
+    pytest -m gpu tests/gpu -n 5 --gpu-done passed.txt --gpu-minutes 8
 
 `passed.txt` collects the tests that passed, which the next call leaves out, and `passed.txt.failed` what failed and
 why, as it happens: a time limit from outside loses nothing.
@@ -58,6 +58,7 @@ class Notes:
 
     def __init__(self, done: Path) -> None:
         self.done = done
+        done.parent.mkdir(parents=True, exist_ok=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
