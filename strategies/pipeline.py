@@ -83,6 +83,10 @@ class Lanes:
         return next((finding.reason for finding in self._findings.values() if finding.reason), None)
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return tuple(dict.fromkeys(self._stages.devices))
+
+    @property
     def labels_device(self) -> torch.device:
         """Where the head computes the loss."""
         return self._stages.head_device

@@ -121,6 +121,10 @@ class Replay:
         self.report = ReplayReport()
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self._device,)
+
+    @property
     def labels_device(self) -> torch.device:
         return self._device
 

@@ -33,12 +33,12 @@ class OperationTape:
         assert self._mode is None, "recordings may not be nested"
         self.recorded.append((lane, stage))
         self._mode = _Operations()
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> Callable[[], None]:
         assert self._mode is not None
         mode, self._mode = self._mode, None
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         assert mode.operations, "an empty recording"
         return mode.repeat
 
@@ -50,9 +50,9 @@ class OperationTape:
         self.forgotten = True
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
