@@ -87,6 +87,10 @@ class StageCapture:
             return
         _log.warning("steps are no longer captured, since %s", reason)
         self.report.reason = reason
+        self.close()
+
+    def close(self) -> None:
+        """Free all recordings."""
         self._recordings.clear()
         self._first.clear()
         self._run.clear()

@@ -75,7 +75,7 @@ class ClosedFormEstimator:
         return others + max(second, min(a_pass, CAPTURED_RESERVE_BYTES))
 
     def _other_recordings_bytes(self, part: Part, arrangement: Arrangement) -> int:
-        """What other lanes' recordings keep beside what their micro-batches hold while they wait, which the peak counts.
+        """What other lanes' recordings keep beside what their waiting micro-batches hold, which the peak counts.
 
         The last stage's recordings share their memory: no micro-batch waits there.
         """
