@@ -35,7 +35,8 @@ def probe(stages: Stages, forward: Callable[[], Tensor]) -> Finding:
     reach over a cut: their gradients would be lost or mixed up. Random generators are left as they were.
     """
     states = get_states(stages.devices)
-    cuts = Cuts(stages, _HookCheck(_saved_tensor_hooks()))
+    with torch.enable_grad():  # which the cuts go by, also where the run itself is without
+        cuts = Cuts(stages, _HookCheck(_saved_tensor_hooks()))
     try:
         with stages.uncounted(), torch.enable_grad(), stages.carried_by(cuts):
             loss = forward()
