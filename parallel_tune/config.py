@@ -148,7 +148,7 @@ class TrainConfig:
     hardware: str | None = option(None, "Hardware", "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
     max_devices: int | None = option(None, "Hardware", "Use no more devices than this: the largest and fastest ones.")
     device_map: str | None = option(None, "Hardware", "Ask for a split: balanced, auto, or a JSON file of module -> device.")
-    capture: str = option("auto", "Hardware", "Record a step once as a CUDA graph and replay it, under ddp: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
+    capture: str = option("auto", "Hardware", "Record a step once as CUDA graphs and replay it: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
     pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
     lanes: int | None = option(None, "Hardware", "Micro-batches in flight at once in a split; as many as stages if left out.")
     stages: int | None = option(None, "Hardware", "Split the model into so many parts; more than devices share them, to try a split out.")

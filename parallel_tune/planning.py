@@ -112,16 +112,13 @@ def _plan(
 
 
 def _uncaptured(plan: Plan, known: str) -> str:
-    none = f"{plan.strategy} has no captured step"
-    if len(plan.devices) > 1 and plan.processes == 1:
-        return none
     if known:
         return known
     if plan.gradient_checkpointing != "none":
         return RECOMPUTED
-    if plan.strategy == "ddp":
+    if plan.strategy in ("ddp", "model_parallel"):
         return NO_ROOM
-    return none
+    return f"{plan.strategy} has no captured step"
 
 
 def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune import machine
+from parallel_tune.capture import replayed
 from parallel_tune.config import TrainConfig
 from parallel_tune.prediction import TrainedRows
 from parallel_tune.rundir import RunDir, write_atomically
@@ -72,6 +73,8 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    if "captured" in by_strategy:
+        print(replayed(by_strategy["captured"]))
     note: dict[str, str] = {}
     try:
         predictions = predict_for_rows(config, plan, rows)

@@ -20,7 +20,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
-from parallel_tune.row_arguments import model_arguments
+from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
@@ -173,6 +173,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         for inputs in waiting:
             labels = inputs["labels"].to(schedule.labels_device)
             rest = self._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+            rest = with_boundaries_on(rest, schedule.devices)
             micro_batches.append({**rest, "labels": labels, "num_items_in_batch": num_items.to(schedule.labels_device)})
 
         def forward(_: int, inputs: dict[str, Any]) -> torch.Tensor:

@@ -31,6 +31,10 @@ class Schedule(Protocol):
     """Whether it also averages gradients over all processes."""
 
     @property
+    def devices(self) -> Sequence[torch.device]:
+        """Where a micro-batch is worked on, each once, that of the inputs first."""
+
+    @property
     def labels_device(self) -> torch.device:
         """Where the loss is computed, hence where labels should lie."""
 

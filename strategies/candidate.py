@@ -71,6 +71,14 @@ def checkpointing_choices(workload: Workload, device: Device) -> tuple[Checkpoin
     return ("none", "full")
 
 
+def capture_choices(workload: Workload, checkpointing: Checkpointing) -> tuple[bool, ...]:
+    """Whether a plan may capture its steps, and may leave it; none where it must and cannot."""
+    if not workload.capture or checkpointing != "none":
+        return () if workload.force_capture else (False,)
+    # A captured step needs more memory: where it does not fit, the same run eagerly may.
+    return (True,) if workload.force_capture else (True, False)
+
+
 def choose(candidates: Sequence[Candidate], may_leave_out_slow: bool) -> Candidate:
     """The fastest that fits, on as many devices as do; if none fits, the one that comes closest.
 

@@ -75,7 +75,7 @@ class Workload:
         tied_embeddings: whether the head shares the embedding's weight.
         pipeline: whether a split may keep several micro-batches in flight.
         force_lanes: it shall, on virtual devices too.
-        capture: whether a replica's steps may be captured as CUDA graphs.
+        capture: whether steps may be captured as CUDA graphs.
         force_capture: whether they must be, though an eager plan may be faster.
         lanes: how many then; as many as stages if None.
         stages: parts of a split; more than devices share them.
@@ -124,7 +124,7 @@ class Arrangement:
         gradient_accumulation_steps: forward passes of one process per optimizer step.
         lanes: micro-batches in flight at once in one process (1: none overlaps).
         stages: devices over which one replica is split.
-        captured: forward and backward of a micro-batch are replayed as one CUDA graph.
+        captured: forward and backward of a micro-batch are replayed as CUDA graphs, one or a few for each device.
     """
 
     processes: int

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 from strategies.base import Estimator
 from strategies.batching import batching
-from strategies.candidate import Candidate, checkpointing_choices, choose, left_out_reasons, noun, to_plan
+from strategies.candidate import (
+    Candidate,
+    capture_choices,
+    checkpointing_choices,
+    choose,
+    left_out_reasons,
+    noun,
+    to_plan,
+)
 from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Plan, Verdict, Workload
 from strategies.devices import device_sets, staged, unequal_speed
 from strategies.fit import gib, need, usable_bytes
@@ -46,9 +55,13 @@ class ModelParallel:
             if candidates and not _worth_dropping(candidates, hardware):
                 break
             for checkpointing in checkpointing_choices(workload, devices[0]):
-                for lanes in self._lane_choices(workload, devices, checkpointing):
+                for lanes, captured in product(
+                    self._lane_choices(workload, devices, checkpointing), capture_choices(workload, checkpointing)
+                ):
                     for micro_batch, steps in batch.candidates:
-                        arrangement = Arrangement(1, micro_batch, steps, checkpointing, min(lanes, steps), len(devices))
+                        arrangement = Arrangement(
+                            1, micro_batch, steps, checkpointing, min(lanes, steps), len(devices), captured
+                        )
                         candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
                         candidates.append(candidate)
                         if not candidate.fits:

@@ -121,6 +121,10 @@ class Replay:
         self.report = ReplayReport()
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self._device,)
+
+    @property
     def labels_device(self) -> torch.device:
         return self._device
 
@@ -145,7 +149,7 @@ class Replay:
 
     def _one(self, index: int, batch: Mapping[str, Any], forward: Forward, backward: Backward) -> Tensor:
         report = self.report
-        size = max(value.numel() for value in batch.values() if isinstance(value, Tensor))
+        size = size_of(batch)
         report.elements += size
         signature = _signature(batch)
         if signature is None or report.reason is not None:
@@ -181,10 +185,10 @@ class Replay:
             _replayed(recording, batch)
             error = self._gradients.distance(self._gradients.copy(), eager)
             if math.isnan(error):  # gradients that overflowed, as with the first scales of float16, tell nothing
-                self._first[_signature_of(batch)] = first
+                self._first[signature_of(batch)] = first
             elif error <= SAME_GRADIENTS:
                 self.report.gradient_error = max(self.report.gradient_error, error)
-                self._recordings[_signature_of(batch)] = recording
+                self._recordings[signature_of(batch)] = recording
                 self.report.recordings += 1
                 self.report.sizes = sorted([*self.report.sizes, size])
             else:
@@ -200,9 +204,7 @@ class Replay:
             replay, loss = self._recorder.record(lambda: _eager(index, inputs, forward, backward))
         except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
             _log.warning("the step cannot be captured", exc_info=error)
-            cause = _first_cause(error)
-            said = [type(cause).__name__, *str(cause).strip().splitlines()[:1]]
-            self._give_up(f"the step cannot be captured: {': '.join(said)}")
+            self._give_up(f"the step cannot be captured: {what_stopped(error)}")
             return None
         return _Recording(inputs, replay, loss)
 
@@ -213,11 +215,16 @@ class Replay:
         self._recorder.forget()
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: ending a capture that failed raises an error of its own."""
+def what_stopped(error: BaseException) -> str:
+    """What went wrong first, in a line: ending a capture that failed raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
-    return error
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """Elements of a micro-batch's largest tensor."""
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 def _eager(index: int, batch: Mapping[str, Any], forward: Forward, backward: Backward) -> Tensor:
@@ -235,8 +242,9 @@ def _replayed(recording: _Recording, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _signature(batch: Mapping[str, Any]) -> Signature | None:
     """Names, shapes and dtypes; None where something is not a tensor, so cannot be replaced by copying."""
-    return _signature_of(batch) if all(isinstance(value, Tensor) for value in batch.values()) else None
+    return signature_of(batch) if all(isinstance(value, Tensor) for value in batch.values()) else None
 
 
-def _signature_of(batch: Mapping[str, Tensor]) -> Signature:
+def signature_of(batch: Mapping[str, Tensor]) -> Signature:
+    """Names, shapes and dtypes."""
     return tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))

@@ -16,6 +16,7 @@ from strategies.visit import busy_shares
 if TYPE_CHECKING:
     from strategies.pipeline import Lanes
     from strategies.replay import Replay
+    from strategies.stage_capture import StageCapture
     from strategies.stages import Stages
 
 
@@ -99,6 +100,7 @@ class SplitSession:
         self._cuda = plan.devices[0].kind == "cuda"
         self._stages: Stages | None = None
         self._lanes: Lanes | None = None
+        self._captured: StageCapture | None = None
         if self._cuda:
             torch.cuda.set_device(0)
 
@@ -117,13 +119,21 @@ class SplitSession:
 
     def place(self, model: Any) -> None:
         from strategies.pipeline import Lanes
+        from strategies.stage_capture import StageCapture
+        from strategies.stage_graphs import StageGraphs
         from strategies.stages import split
 
         cuts = [device.layers[0] for device in self._plan.devices]
         self._stages = split(model, cuts, self._stage_devices())
-        if self._plan.lanes > 1:
+        if self._plan.captured:
+            self._captured = StageCapture(
+                self._stages,
+                lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
+                StageGraphs(self._stages.devices),
+            )
+        if self._plan.lanes > 1 or self._captured is not None:
             # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
-            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True)
+            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True, captured=self._captured)
 
     @property
     def schedule(self) -> Lanes | None:
@@ -152,6 +162,8 @@ class SplitSession:
             "lanes_reason": self._lanes.reason if self._lanes else None,
             "crossings": [vars(crossings).copy() for crossings in self._stages.crossings],
         }
+        if self._captured is not None:
+            found["captured"] = vars(self._captured.report).copy()
         if self._lanes and (timeline := self._lanes.timeline()):
             shares = busy_shares(timeline, len(self._stages))
             found["stages"] = [{"busy_share": share} for share in shares]

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from strategies.board import Board
+from strategies.cuts import copies_on
 from strategies.randomness import generator_of, seed_of
 
 
@@ -134,6 +136,17 @@ class Visit:
         if not backward:
             for seeded in course.seeds[stage]:
                 generator_of(seeded).manual_seed(seed_of(*course.key, self._micro_batch, stage))
+
+    def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Copies that leave on the lane's own stream of the device they come from."""
+        return copies_on(tensors, device)
+
+    def settle(self) -> None:
+        """Let the segment's work wait for what the lane last copied away from its device: a recording's tensors, unlike
+        others, are written again where they lie."""
+        device = self._course.devices[self._stage]
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).wait_stream(self._aside[device])
 
     def arrive(self) -> None:
         """The segment's inputs are on its device: its time begins."""

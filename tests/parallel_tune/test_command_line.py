@@ -57,8 +57,8 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--strategy=model_parallel"], "model_parallel has no captured step"),
-        (["--model=unsloth/Qwen3-32B"], "model_parallel has no captured step"),
+        (["--strategy=model_parallel", "--lora_dropout=0.1"], "with dropout"),
+        (["--model=unsloth/Qwen3-32B", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
         (["--strategy=ddp", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
         (["--strategy=ddp", "--hardware=2xT4-16GB"], "rows are padded"),
     ],
