@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from strategies.gradients import FlatGradients
+from strategies.randomness import leave_capture
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +51,13 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which load data or watch NCCL, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            # Other threads, which load data or watch NCCL, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
+        except BaseException:
+            leave_capture(self._stream.device)
+            raise
         self._graphs.append(graph)
         return graph.replay, result
 

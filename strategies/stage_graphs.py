@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from strategies.randomness import leave_capture
+
 
 class StageGraphs:
     """CUDA graphs on the stages' devices; a `StageRecorder`.
@@ -59,11 +61,12 @@ class StageGraphs:
 
     def abandon(self) -> None:
         graph, self._open = self._open, None
-        if graph is None:
-            return
-        with suppress(Exception):  # what went wrong is known; a capture that failed cannot be ended in peace
-            graph.capture_end()
-        self._leave()
+        if graph is not None:
+            with suppress(Exception):  # what went wrong is known; a capture that failed cannot be ended in peace
+                graph.capture_end()
+            self._leave()
+        for device in self._streams:
+            leave_capture(device)
 
     def forget(self) -> None:
         self._graphs.clear()

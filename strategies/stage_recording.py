@@ -36,7 +36,7 @@ class StageRecorder(Protocol):
         """What repeats the work since `begin`, which may or may not have been done while it was recorded."""
 
     def abandon(self) -> None:
-        """Record no more, after an error; without effect where nothing is being recorded."""
+        """Record no more, after an error; what was being recorded, if anything, is no recording."""
 
     def forget(self) -> None:
         """Free all that was recorded; nothing of it is repeated any more."""
