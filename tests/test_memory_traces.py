@@ -115,3 +115,41 @@ def test_an_architecture_that_the_closed_form_does_not_know_is_traced(model_type
         for n in (6, 12)
     )
     assert 1.5 * few < many < 2 * few
+
+
+EVALUATED: list[tuple[str, dict[str, Any], int]] = [
+    ("meta-llama/Llama-3.2-1B", {"method": "lora"}, 1),
+    ("meta-llama/Llama-3.2-1B", {"method": "lora"}, 4),
+    ("meta-llama/Llama-3.1-8B", LORA_4BIT, 1),
+    ("meta-llama/Llama-3.2-1B", {"method": "full"}, 1),
+    ("google/gemma-2-2b", {"method": "lora"}, 2),
+    ("mistralai/Mistral-7B-v0.3", {"method": "lora"}, 1),
+    ("Qwen/Qwen3-30B-A3B", ATTENTION, 1),
+]
+
+
+@pytest.mark.parametrize("row", EVALUATED, ids=lambda row: f"{row[0].split('/')[1]}-{row[1]['method']}-{row[2]}")
+@pytest.mark.filterwarnings("ignore")
+def test_evaluating_as_many_tokens_is_never_the_peak(row: tuple[str, dict[str, Any], int]) -> None:
+    """Beside training at its leanest: one micro-batch, all layers recomputed."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from parallel_tune.memory.fake_model import cut_to
+    from parallel_tune.memory.training_step import TrainingStep, as_on_a_gpu
+
+    name, options, micro_batch = row
+    facts = cut_to(load_model_facts(name), (0, 1, 2))
+    settings = TrainingSettings(**{"optimizer": "adamw_torch_fused", "sequence_length": 1024, **options})
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
+        step = TrainingStep(facts, settings, whole(facts), Arrangement(1, micro_batch, 1, "full"))
+        training = max(step.peaks_bytes().values())
+        shape = (micro_batch, 1024)
+        with step.tracker, torch.no_grad():
+            step.model.eval()
+            step.tracker.reset()
+            tokens, count = torch.zeros(shape, dtype=torch.long), torch.ones(())
+            step.model(input_ids=tokens, labels=tokens.clone(), num_items_in_batch=count, use_cache=False)
+        evaluation = max(step.tracker.peaks_bytes.values())
+    logits = micro_batch * 1024 * facts.vocab_size
+    assert step.tracker.live_bytes + 4 * logits < evaluation < training
