@@ -32,6 +32,8 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("mistralai/Mistral-7B-v0.1", {"method": "lora", "sequence_length": 6144}, "none", 1),
     ("microsoft/Phi-3-mini-4k-instruct", LORA_4BIT, "none", 1),
     ("Qwen/Qwen3-30B-A3B", ATTENTION, "none", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 256, "sequence_length": 512}, "none", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 64, "sequence_length": 512}, "full", 2),
     ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
 ]
 
@@ -86,6 +88,16 @@ def test_stages_agree_with_their_traces(options: dict[str, Any], checkpointing: 
     facts = load_model_facts("meta-llama/Llama-3.1-8B")
     part = Part(8 * stage, 8 * stage + 7, embedding=stage == 0, head=stage == 3)
     assert abs(compare(facts, options, part, Arrangement(1, 1, 1, checkpointing, stages=4))) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stage_whose_ends_have_no_window() -> None:
+    """The two layers that its trace begins with are none of the windowed ones."""
+    facts = load_model_facts("google/gemma-2-27b")
+    part = Part(15, 29, embedding=False, head=False)
+    options = {"method": "lora", "sequence_length": 4097}
+    # Half a percent is the trace's: it takes the window's mask for a cost of each windowed layer.
+    assert abs(compare(facts, options, part, Arrangement(1, 1, 1, "full", stages=3))) < 0.006
 
 
 @pytest.mark.filterwarnings("ignore")
