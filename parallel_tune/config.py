@@ -120,7 +120,7 @@ class TrainConfig:
 
     eval_strategy: str | None = option(None, "Evaluation", "When to evaluate rows that --val_size holds out, beside before and after; steps where eval_steps is given.", choices=("no", "steps", "epoch"), synonyms={"false": "no"})
     eval_steps: int | float = option(0, "Evaluation", "Evaluate every so many steps; below 1 a share of all steps.")
-    per_device_eval_batch_size: int = option(4, "Evaluation", "Rows of one evaluation pass.")
+    per_device_eval_batch_size: int = option(4, "Evaluation", "Rows of one evaluation pass, at most: it takes no more tokens at once than training does.")
     early_stopping_patience: int | None = option(None, "Evaluation", "Stop after so many evaluations without a better held-out loss.", aliases=("early_stopping_steps",))
     early_stopping_threshold: float = option(0.0, "Evaluation", "By how much the loss must fall to count as better.")
     load_best_model_at_end: bool = option(False, "Evaluation", "Keep the weights of the best evaluation, not the last ones.")

@@ -22,7 +22,7 @@ from strategies.registry import load_registry
 
 def find_hardware(config: TrainConfig) -> Hardware:
     """The declared devices, or those of this machine."""
-    return parse_hardware(config.hardware) if config.hardware else probe(dict(os.environ))
+    return parse_hardware(config.hardware) if config.hardware is not None else probe(dict(os.environ))
 
 
 def decide(

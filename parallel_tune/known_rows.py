@@ -44,10 +44,12 @@ class KnownRows:
 
     Attributes:
         lengths: tokens of each row.
+        longest_held_out: tokens of the longest row that evaluation takes; 0 if it takes none.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], longest_held_out: int = 0) -> None:
         self.lengths = tuple(lengths)
+        self.longest_held_out = longest_held_out
         self._largest: dict[tuple[int, ...], int] = {}
 
     @property
@@ -61,9 +63,11 @@ class KnownRows:
 
     def cut(self, max_seq_length: int) -> KnownRows:
         """The rows when none may be longer."""
-        if self.longest <= max_seq_length:
+        if max(self.longest, self.longest_held_out) <= max_seq_length:
             return self
-        return KnownRows([min(length, max_seq_length) for length in self.lengths])
+        return KnownRows(
+            [min(length, max_seq_length) for length in self.lengths], min(self.longest_held_out, max_seq_length)
+        )
 
     def largest_micro_batch(self, config: TrainConfig, arrangement: Arrangement) -> int:
         """Tokens of the largest micro-batch of a whole run, its rows joined."""
@@ -107,6 +111,8 @@ class RowsEstimator:
         if self.settings.packed:
             tokens = self.rows.largest_micro_batch(self.config, arrangement)
             arrangement = replace(arrangement, micro_batch=1)
+        # Evaluation takes no more tokens at once than training, but a row at least.
+        tokens = max(tokens, -(-self.rows.longest_held_out // arrangement.micro_batch))
         return self._of(tokens).memory(part, arrangement, device)
 
     def micro_batch_seconds(self, part: Part, arrangement: Arrangement, device: Device) -> float:
@@ -145,4 +151,4 @@ def measure_rows(config: TrainConfig) -> KnownRows:
         said = json.loads(found.read_text(encoding="utf-8"))
     if "message" in said:
         raise ConfigError(said["message"], said["hint"])
-    return KnownRows(said["lengths"])
+    return KnownRows(said["lengths"], said["longest_held_out"])

@@ -15,7 +15,7 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import adapts_experts
+from parallel_tune.memory.parameters import EXPERT_TARGETS, adapts_experts, layer_linears
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from strategies.base import Estimator
@@ -30,6 +30,10 @@ from strategies.errors import ConfigError, NoStrategyFits
 from strategies.registry import StrategyRegistry
 from strategies.selector import closest_plan
 
+LENGTH_STEP = 256
+"""Suggested sequence lengths are multiples of it."""
+TRIES = 4
+"""Plans that are made to come closer to what just fits: to a sixteenth of the gap that halving leaves."""
 SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -168,8 +172,9 @@ def training_settings(
     """What the memory estimate needs to know of the settings.
 
     Raises:
-        ConfigError: DoRA was asked for where peft has none.
+        ConfigError: DoRA was asked for where peft has none, or the model has none of the modules to adapt.
     """
+    _check_targets(config, facts)
     if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
         raise ConfigError(
             f"use_dora: peft has no DoRA for the experts of {config.model}",
@@ -198,6 +203,19 @@ def training_settings(
     )
 
 
+def _check_targets(config: TrainConfig, facts: ModelFacts) -> None:
+    if config.full_finetuning or not facts.closed_form_known or "all-linear" in config.target_modules:
+        return
+    linears = {linear.name for layer in range(facts.num_layers) for linear in layer_linears(facts, layer)}
+    # What peft finds beside the layers' linears: other modules that have weights.
+    known = linears | set(EXPERT_TARGETS.get(facts.model_type, ())) | {"embed_tokens", "lm_head", "gate", "router"}
+    if not any(target.rpartition(".")[2] in known for target in config.target_modules):
+        raise ConfigError(
+            f"target_modules = {','.join(config.target_modules)}: {config.model} has no such linear layer",
+            f"It has {', '.join(sorted(linears))}; or use all-linear.",
+        )
+
+
 def _suggestions(
     config: TrainConfig,
     facts: ModelFacts,
@@ -217,6 +235,9 @@ def _suggestions(
             return False
         if plan.fits:
             peak = max(device.predicted_peak_bytes for device in plan.devices)
+            kind = change.rpartition(" ")[0]
+            # A larger value of the same option takes the place of a smaller one.
+            found[:] = [item for item in found if not kind.startswith("--") or not item.change.startswith(f"{kind} ")]
             found.append(Suggestion(change, plan.strategy, peak))
         return plan.fits
 
@@ -231,12 +252,18 @@ def _suggestions(
     if config.use_gradient_checkpointing == "none":
         fits("--use_gradient_checkpointing full", config.replace(use_gradient_checkpointing="full"))
     if config.per_device_train_batch_size is not None:
-        for micro in _halvings(config.per_device_train_batch_size, 1):
-            if fits(f"--per_device_train_batch_size {micro}", config.replace(per_device_train_batch_size=micro)):
-                break
-    for length in _halvings(config.max_seq_length, 256):
-        if fits(f"--max_seq_length {length}", config.replace(max_seq_length=length)):
-            break
+        _largest(
+            config.per_device_train_batch_size,
+            1,
+            lambda micro: fits(
+                f"--per_device_train_batch_size {micro}", config.replace(per_device_train_batch_size=micro)
+            ),
+        )
+    _largest(
+        config.max_seq_length,
+        LENGTH_STEP,
+        lambda length: fits(f"--max_seq_length {length}", config.replace(max_seq_length=length)),
+    )
     if "8bit" not in config.optim:
         fits("--optim adamw_8bit", config.replace(optim="adamw_8bit"))
     another = replace(hardware.devices[-1], index=len(hardware.devices))
@@ -245,12 +272,18 @@ def _suggestions(
     return tuple(found)
 
 
-def _halvings(value: int, least: int) -> list[int]:
-    values = []
-    while value // 2 >= least:
-        value //= 2
-        values.append(value)
-    return values
+def _largest(refused: int, step: int, fits: Callable[[int], bool]) -> None:
+    """Look for the largest multiple of `step` below `refused` that fits, where less always does if more does: halve
+    until something fits, then close in by a few more tries."""
+    above, value = refused, refused // 2
+    while value >= step and not fits(value // step * step):
+        above, value = value, value // 2
+    below = value // step * step
+    for _ in range(TRIES):
+        middle = (below + above) // 2 // step * step
+        if below < step or middle <= below:
+            return
+        below, above = (middle, above) if fits(middle) else (below, middle)
 
 
 def require_fit(plan: Plan, strategy: str) -> None:

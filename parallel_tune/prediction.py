@@ -37,6 +37,10 @@ class TrainedRows:
     padded_reason: str | None
     sizes: tuple[int, ...] = ()
 
+    def tokens_at_once(self, micro_batch: int) -> int:
+        """Tokens of the largest micro-batch, padding included."""
+        return self.largest_micro_batch if self.padded_reason is None else micro_batch * self.longest
+
 
 def trained_rows(
     batches: GlobalBatches, plan: Plan, steps: int, padded_reason: str | None, sizes: Sequence[int] = ()

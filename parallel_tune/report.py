@@ -104,6 +104,7 @@ def write(
         "largest_micro_batch_tokens": rows.largest_micro_batch,
         "padding_free": rows.padded_reason is None,
         "padded_reason": rows.padded_reason,
+        "predicted_for": asdict(rows),
         **note,
         "devices": [
             {

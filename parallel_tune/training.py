@@ -54,14 +54,16 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         plan: Plan,
         keep: int | None,
         pad: Callable[[list[Any]], dict[str, Any]],
+        tokens_at_once: int,
         **kwargs: Any,
     ) -> None:
-        """As SFTTrainer's, and `pad` makes the held-out rows' batches."""
+        """As SFTTrainer's; `pad` makes the held-out rows' batches, of no more than `tokens_at_once`."""
         self.batches = batches
         self.session = session
         self.plan = plan
         self._keep = keep
         self._pad = pad
+        self._tokens_at_once = tokens_at_once
         self._evaluated: tuple[int, float] | None = None
         self._has_best = False
         self._waiting: list[Any] = []
@@ -195,7 +197,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if eval_dataset is None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = held_out_loss(self.model, rows, self._pad, self.args.per_device_eval_batch_size, self.session)
+        most_rows = self.args.per_device_eval_batch_size
+        loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self._has_best:
@@ -240,8 +243,14 @@ def build_trainer(
     engine_arguments: dict[str, Any],
     callbacks: list[TrainerCallback],
     gather: Callable[[list[Any]], dict[str, Any]] | None,
+    tokens_at_once: int,
 ) -> GlobalBatchTrainer:
-    """The trainer of this rank, ready for `train()`; `gather` makes micro-batches of rows, which are padded without."""
+    """The trainer of this rank, ready for `train()`.
+
+    Args:
+        gather: makes micro-batches of rows, which are padded without.
+        tokens_at_once: of the largest micro-batch, padding included; evaluation takes no more.
+    """
 
     def pad(rows: list[Any]) -> dict[str, Any]:
         return collate(rows, tokenizer.pad_token_id)
@@ -304,5 +313,6 @@ def build_trainer(
         processing_class=tokenizer,
         data_collator=gather or pad,
         pad=pad,
+        tokens_at_once=tokens_at_once,
         callbacks=callbacks,
     )

@@ -154,6 +154,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
         engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early], gathering.gather,
+        first_epoch.tokens_at_once(plan.micro_batch),
     )  # fmt: skip
     startup.mark("prepare")
     results: dict[str, float] = {}

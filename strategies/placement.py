@@ -15,7 +15,7 @@ those at which greedy stopped short of the better maximum, and the layers would 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from strategies.base import Estimator
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
@@ -51,12 +51,12 @@ class StageCosts:
         self.num_layers = num_layers
         self._arrangement = arrangement
         self._estimate = estimate
-        self._fullness: dict[tuple[int, bool, bool, Device], float] = {}
-        self._seconds: dict[tuple[int, bool, bool, Device], float] = {}
+        self._fullness: dict[tuple[object, ...], float] = {}
+        self._seconds: dict[tuple[object, ...], float] = {}
 
     def fullness(self, layers: int, embedding: bool, head: bool, device: Device) -> float:
         """How full a device gets with that many layers."""
-        key = (layers, embedding, head, replace(device, index=0))
+        key = (layers, embedding, head, device.name, device.free_bytes)
         if key not in self._fullness:
             part = self._sample_part(layers, embedding, head)
             needed = self._estimate.memory(part, self._arrangement, device).needed_bytes
@@ -65,7 +65,7 @@ class StageCosts:
 
     def seconds(self, layers: int, embedding: bool, head: bool, device: Device) -> float:
         """Device seconds of one micro-batch through that many layers."""
-        key = (layers, embedding, head, replace(device, index=0))
+        key = (layers, embedding, head, device.name, device.matmul_flops_per_second)
         if key not in self._seconds:
             part = self._sample_part(layers, embedding, head)
             self._seconds[key] = self._estimate.micro_batch_seconds(part, self._arrangement, device)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +103,73 @@ def test_a_plan_needs_neither_torch_nor_transformers() -> None:
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BAD = [
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": -3},
+    {"num_attention_heads": 0},
+    {"hidden_size": "64"},
+    {"hidden_size": True},
+    {"num_key_value_heads": "x"},
+    {"num_key_value_heads": 3},
+    {"num_key_value_heads": float("nan")},
+    {"head_dim": -24},
+    {"sliding_window": "big"},
+    {"num_local_experts": 8},
+]
+
+
+@pytest.mark.parametrize("wrong", BAD, ids=str)
+def test_a_config_that_no_model_can_have_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **wrong}))
+    with pytest.raises(ConfigError) as caught:
+        load_model_facts(str(tmp_path))
+    assert str(tmp_path) in caught.value.message
+    assert (
+        next(iter(wrong)) in caught.value.message or "heads" in caught.value.message or "experts" in str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere/at/all", "~/nowhere", "a//b", "/nowhere"])
+def test_a_path_is_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="not a Hub name"):
+        load_model_facts(name, offline=False)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers every request by its status alone, and counts those for a file."""
+
+    status = 503
+    asked = 0
+
+    def do_HEAD(self) -> None:
+        type(self).asked += "config.json" in self.path
+        self.send_response(self.status)
+        if self.status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    do_GET = do_HEAD  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("status", "said"), [(503, "cannot be asked"), (404, "no such model"), (0, "cannot be asked")])
+def test_a_hub_that_does_not_help_is_asked_once(status: int, said: str, tmp_path: Path) -> None:
+    """Status 0: nobody listens."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answering", (Hub,), {"status": status, "asked": 0}))
+    if status:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    else:
+        server.server_close()
+    code = "import sys; from parallel_tune.memory import load_model_facts; load_model_facts(sys.argv[1])"
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, "who/what"], capture_output=True, text=True, env=environment)
+    if status:
+        assert server.RequestHandlerClass.asked == 1  # type: ignore[attr-defined]
+        server.shutdown()
+        server.server_close()
+    assert "ConfigError" in done.stderr and said in done.stderr
+    assert "Retry" not in done.stderr

@@ -32,6 +32,8 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("mistralai/Mistral-7B-v0.1", {"method": "lora", "sequence_length": 6144}, "none", 1),
     ("microsoft/Phi-3-mini-4k-instruct", LORA_4BIT, "none", 1),
     ("Qwen/Qwen3-30B-A3B", ATTENTION, "none", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 256, "sequence_length": 512}, "none", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 64, "sequence_length": 512}, "full", 2),
     ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
 ]
 
@@ -89,6 +91,16 @@ def test_stages_agree_with_their_traces(options: dict[str, Any], checkpointing: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_stage_whose_ends_have_no_window() -> None:
+    """The two layers that its trace begins with are none of the windowed ones."""
+    facts = load_model_facts("google/gemma-2-27b")
+    part = Part(15, 29, embedding=False, head=False)
+    options = {"method": "lora", "sequence_length": 4097}
+    # Half a percent is the trace's: it takes the window's mask for a cost of each windowed layer.
+    assert abs(compare(facts, options, part, Arrangement(1, 1, 1, "full", stages=3))) < 0.006
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_buckets_and_foreach_temporaries_are_in_the_trace_too() -> None:
     facts = load_model_facts("meta-llama/Llama-3.2-1B")
     replicated = Arrangement(2, 1, 1, "full")
@@ -115,3 +127,41 @@ def test_an_architecture_that_the_closed_form_does_not_know_is_traced(model_type
         for n in (6, 12)
     )
     assert 1.5 * few < many < 2 * few
+
+
+EVALUATED: list[tuple[str, dict[str, Any], int]] = [
+    ("meta-llama/Llama-3.2-1B", {"method": "lora"}, 1),
+    ("meta-llama/Llama-3.2-1B", {"method": "lora"}, 4),
+    ("meta-llama/Llama-3.1-8B", LORA_4BIT, 1),
+    ("meta-llama/Llama-3.2-1B", {"method": "full"}, 1),
+    ("google/gemma-2-2b", {"method": "lora"}, 2),
+    ("mistralai/Mistral-7B-v0.3", {"method": "lora"}, 1),
+    ("Qwen/Qwen3-30B-A3B", ATTENTION, 1),
+]
+
+
+@pytest.mark.parametrize("row", EVALUATED, ids=lambda row: f"{row[0].split('/')[1]}-{row[1]['method']}-{row[2]}")
+@pytest.mark.filterwarnings("ignore")
+def test_evaluating_as_many_tokens_is_never_the_peak(row: tuple[str, dict[str, Any], int]) -> None:
+    """Beside training at its leanest: one micro-batch, all layers recomputed."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from parallel_tune.memory.fake_model import cut_to
+    from parallel_tune.memory.training_step import TrainingStep, as_on_a_gpu
+
+    name, options, micro_batch = row
+    facts = cut_to(load_model_facts(name), (0, 1, 2))
+    settings = TrainingSettings(**{"optimizer": "adamw_torch_fused", "sequence_length": 1024, **options})
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
+        step = TrainingStep(facts, settings, whole(facts), Arrangement(1, micro_batch, 1, "full"))
+        training = max(step.peaks_bytes().values())
+        shape = (micro_batch, 1024)
+        with step.tracker, torch.no_grad():
+            step.model.eval()
+            step.tracker.reset()
+            tokens, count = torch.zeros(shape, dtype=torch.long), torch.ones(())
+            step.model(input_ids=tokens, labels=tokens.clone(), num_items_in_batch=count, use_cache=False)
+        evaluation = max(step.tracker.peaks_bytes.values())
+    logits = micro_batch * 1024 * facts.vocab_size
+    assert step.tracker.live_bytes + 4 * logits < evaluation < training

@@ -1,165 +1,249 @@
-"""Predicted memory against measured, one short training run a row.
+"""Predicted memory against measured, one short training run a row, on one GPU.
 
-    python examples/benchmarks/prediction.py [--rows N] [--work FOLDER] [--results FOLDER]
+    python examples/benchmarks/prediction.py [--minutes 8] [--only TEXT] [--work FOLDER] [--results FOLDER]
+    python examples/benchmarks/prediction.py --again FILE [--rival VENV/bin/python]
 
-Random-weight models of well-known shapes are made on the spot. Every row is a `parallel-tune` run of its own on one
-GPU; where there are several GPUs, as many rows run side by side. Nothing else may use the GPUs. All of the first 21
-rows on an H200 were in view when Unsloth's layers and the allocator's reserve were corrected: of Unsloth's LoRA rows
-only llama-8b's determined no number. Nothing is fitted for the tensors of transformers. Writes
-results/prediction.HARDWARE.json.
+Random-weight models of well-known shapes are made on the spot, beside the runs. Every row is a `parallel-tune` run of
+its own; one follows the other, and nothing else may use the GPU. The result is written after every row; rows that it
+has already are not run again, so a command that was cut short is simply given once more. prediction_rows.py says which
+rows there are and what was in view before them; three more have lengths that follow from the card: two that the plan
+says just fit, and one that it refuses, which is planned for a larger card, run all the same, and has to run out of
+memory.
+
+`--again` takes a results file, predicts its rows anew with the formulas as they are now, and, with `--rival`, lets
+fitcheck-llm (installed in an environment of its own) predict those that it can express. It needs no GPU.
+
+Writes results/prediction.HARDWARE.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
+import fcntl
 import json
 import os
-import queue
-import random
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
 from pathlib import Path
 from typing import Any
 
-from parallel_tune.hardware import probe
+from prediction_data import write_data
+from prediction_edges import edge_rows
+from prediction_figures import figures, line, score
+from prediction_rows import ROWS, Row
+from shapes import SHAPES
+
+from parallel_tune.hardware import probe_details
 from parallel_tune.report import versions
+from strategies.contracts import Device
 
-SHAPES = Path(__file__).with_name("shapes.py")
-DATASET = Path(__file__).parents[1] / "short_answers.jsonl"
-Row = dict[str, Any]
-
-
-def rows() -> list[Row]:
-    """Shape, engine, method, tokens, rows of a micro-batch, checkpointing."""
-    cases = [
-        ("llama-1b", "lora", 2048, 1, "none"),
-        ("llama-1b", "lora", 1024, 4, "full"),
-        ("llama-1b", "4bit", 2048, 2, "none"),
-        ("llama-1b", "full", 2048, 1, "full"),
-        ("qwen3-1b", "lora", 2048, 2, "none"),
-        ("qwen3-1b", "4bit", 1024, 2, "full"),
-        ("gemma3-1b", "lora", 1024, 2, "none"),
-        ("llama-3b", "lora", 4096, 1, "full"),
-        ("llama-3b", "4bit", 512, 8, "none"),
-        ("llama-8b", "lora", 2048, 2, "none"),
-        ("llama-8b", "lora", 4096, 1, "full"),
-        ("llama-8b", "4bit", 2048, 1, "full"),
-        ("llama-8b", "4bit", 1024, 2, "none"),
-    ]
-    found = [
-        {"shape": shape, "engine": engine, "method": method, "tokens": tokens, "rows": count, "checkpointing": mode}
-        for (shape, method, tokens, count, mode), engine in itertools.product(cases, ("transformers", "unsloth"))
-    ]
-    for row in found:
-        if row["engine"] == "unsloth" and row["checkpointing"] == "full" and row["method"] != "full":
-            row["checkpointing"] = "unsloth"
-    return found
+FILLED_MODELS = Path(__file__).with_name("filled_models.py")
+ROW_SECONDS = 240
+"""After so long a row is given up."""
+USUAL_SECONDS = 25.0
+"""How long a row is taken to last before the first one has shown it."""
+SETTLING_SECONDS = 20
+LEFT_OVER_BYTES = 64 << 20
+TAIL_CHARACTERS = 1500
 
 
-def command(row: Row, model: Path, dataset: Path, run: Path) -> list[str]:
-    """The run of a row."""
-    method = {"lora": [], "4bit": ["--load_in_4bit"], "full": ["--full_finetuning", "--learning_rate", "1e-5"]}
-    return [
-        sys.executable, "-m", "parallel_tune", "--model", str(model), "--dataset", str(dataset), "--strategy", "ddp",
-        "--engine", row["engine"], "--max_seq_length", str(row["tokens"]), "--max_steps", "3",
-        "--per_device_train_batch_size", str(row["rows"]), "--gradient_accumulation_steps", "2",
-        "--use_gradient_checkpointing", row["checkpointing"], "--output_dir", str(run), *method[row["method"]],
-    ]  # fmt: skip
+class Models:
+    """Model folders, made one after the other in a process beside the runs, and removed when no row wants them."""
+
+    def __init__(self, folder: Path, wanted: list[str]) -> None:
+        self._folder = folder
+        self._left = list(wanted)
+        missing = [shape for shape in dict.fromkeys(wanted) if not (folder / shape / "config.json").exists()]
+        # No GPU: a context of its own would count as the rows' use.
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
+        command = ["nice", sys.executable, str(FILLED_MODELS), str(folder), *missing]
+        self._making = subprocess.Popen(command, env=environment) if missing else None
+
+    def wait_for(self, shape: str) -> Path:
+        """The model's folder, when it is complete.
+
+        Raises:
+            RuntimeError: it could not be made.
+        """
+        folder = self._folder / shape
+        while not (folder / "config.json").exists():
+            if self._making is None or self._making.poll() not in (None, 0):
+                raise RuntimeError(f"{shape} could not be made")
+            time.sleep(0.2)
+        return folder
+
+    def done_with(self, shape: str) -> None:
+        """A row less wants it."""
+        self._left.remove(shape)
+        if shape not in self._left:
+            shutil.rmtree(self._folder / shape, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._making is not None:
+            self._making.kill()
+            self._making.wait()
 
 
-def write_dataset(path: Path) -> None:
-    """Rows of plain text, each longer than any row's tokens."""
-    words = " ".join(" ".join(json.loads(line).values()) for line in DATASET.read_text().splitlines()).split()
-    draw = random.Random(0)
-    path.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=6000))}) + "\n" for _ in range(60)))
-
-
-def measure(row: Row, work: Path, dataset: Path, number: int, gpus: queue.Queue[int]) -> Row:
-    """Run a row on a free GPU; the figures of its report, or the end of its output."""
-    gpu = gpus.get()
-    try:
-        run = work / "runs" / f"row-{number}"
-        done = subprocess.run(
-            command(row, work / row["shape"], dataset, run),
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-    finally:
-        gpus.put(gpu)
-    if done.returncode != 0:
-        result = {**row, "failed": (done.stdout + done.stderr)[-600:]}
-    else:
-        device = json.loads((run / "report.json").read_text())["devices"][0]
-        result = {**row, **{name: value for name, value in device.items() if name.endswith("_bytes")}}
-        result["allocated_error"] = device["predicted_allocated_bytes"] / device["allocated_peak_bytes"] - 1
-        result["used_error"] = device["predicted_peak_bytes"] / device["used_peak_bytes"] - 1
-    print(json.dumps(result), flush=True)
-    return result
-
-
-def figures(measured: list[Row]) -> dict[str, Any]:
-    """Mean and worst of the errors' sizes, over all rows and for each engine."""
-    found: dict[str, Any] = {
-        "rows": len(measured),
-        "false_fits": sum("out of memory" in r["failed"].lower() for r in measured if "failed" in r),
+def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
+    """Run a row on the GPU; what its report and plan say, or the end of its output."""
+    run = work / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    data = write_data(row, work / "rows.jsonl")
+    command = [sys.executable, "-m", "parallel_tune", "--model", str(model), "--dataset", str(data)]
+    command += ["--output_dir", str(run), "--report_to", "none", "--data_cache", "false", *row.arguments()]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # What earlier runs teach must not decide whether these rows are run.
+        "XDG_CACHE_HOME": str(work / "cache"),
     }
-    for name in ("", "transformers", "unsloth"):
-        those = [row for row in measured if name in (row["engine"], "") and "failed" not in row]
-        for kind in ("allocated", "used"):
-            sizes = [abs(row[f"{kind}_error"]) for row in those]
-            if sizes:
-                prefix = f"{name}_{kind}" if name else kind
-                found[f"{prefix}_mean_error"] = statistics.mean(sizes)
-                found[f"{prefix}_worst_error"] = max(sizes)
+    started = time.monotonic()
+    code, output = _in_group(command, environment)
+    found: dict[str, Any] = {
+        "name": row.name,
+        "shape": row.shape,
+        "engine": row.engine,
+        "method": row.method,
+        "checkpointing": row.checkpointing,
+        "tokens": row.tokens,
+        "rows": row.rows,
+        "data": row.data,
+        "captured": row.captured,
+        "arguments": row.arguments(),
+        "may_fail": row.may_fail,
+        "in_view": False,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if (run / "plan.json").exists():
+        plan = json.loads((run / "plan.json").read_text())
+        found["plan"] = plan | {"launch": [], "reasons": [], "rejected": [], "suggestions": [], "basis": []}
+    if code != 0:
+        logs = "".join(path.read_text(errors="replace") for path in sorted((run / "logs").glob("*.log")))
+        found["failed"] = f"exit code {code}: {output[-TAIL_CHARACTERS:]}"
+        found["ran_out_of_memory"] = "out of memory" in (output + logs).lower()
+    else:
+        report = json.loads((run / "report.json").read_text())
+        for name in ("devices", "predicted_for", "captured", "startup_seconds", "steps", "versions"):
+            if name in report:
+                found["recorded" if name == "captured" else name] = report[name]
+        score(found)
+    shutil.rmtree(run, ignore_errors=True)
     return found
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=None, help="only the first so many")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    todo = rows()[: options.rows]
-    dataset = options.work / "rows.jsonl"
-    dataset.parent.mkdir(parents=True, exist_ok=True)
-    write_dataset(dataset)
-    for shape in dict.fromkeys(row["shape"] for row in todo):
-        # In a process of its own: a CUDA context here would count as the rows' use.
-        subprocess.run([sys.executable, str(SHAPES), shape, str(options.work / shape)], check=True)
-    devices = probe(os.environ).devices
-    hardware = devices[0].name.replace(" ", "-")
-    gpus: queue.Queue[int] = queue.Queue()
-    for gpu in range(len(devices)):
-        gpus.put(gpu)
-    measured: list[Row] = []
-    with ThreadPoolExecutor(gpus.qsize()) as pool:
-        jobs = [pool.submit(measure, row, options.work, dataset, number, gpus) for number, row in enumerate(todo)]
-        for job in as_completed(jobs):
-            measured.append(job.result())
-            # After every row: a time limit that ends this keeps what was measured.
-            write_record(options.results, hardware, measured)
-    print(json.dumps(figures(measured), indent=1))
+def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a command that is ended, and all it started, when it takes too long."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=ROW_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return -signal.SIGKILL, f"{output}\nended after {ROW_SECONDS} s"
+    return process.returncode, output
 
 
-def write_record(folder: Path, hardware: str, measured: list[Row]) -> None:
-    """Rows and figures, with the machine and the versions beside them."""
+def wait_until_free(device: Device) -> None:
+    """Wait until the card is as free as it was at first: a process that has ended gives its memory back a bit later."""
+    ends = time.monotonic() + SETTLING_SECONDS
+    while time.monotonic() < ends:
+        now = probe_details(os.environ).hardware.devices[device.index]
+        if now.free_bytes >= device.free_bytes - LEFT_OVER_BYTES:
+            return
+        time.sleep(0.2)
+
+
+def is_settled(row: dict[str, Any]) -> bool:
+    """Whether a row of a results file need not be run again: it was measured, or ran out of memory."""
+    return "failed" not in row or bool(row.get("ran_out_of_memory"))
+
+
+def write_record(path: Path, hardware: str, rows: list[dict[str, Any]]) -> None:
+    """Rows and figures, with the machine and the versions beside them; a note that is there stays."""
+    before = json.loads(path.read_text()) if path.exists() else {}
     record = {
         "name": "prediction",
         "hardware": hardware,
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "command": "python examples/benchmarks/prediction.py",
-        "rows": measured,
-        "figures": figures(measured),
+        **({"note": before["note"]} if "note" in before else {}),
+        "figures": figures(rows),
+        "rows": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"prediction.{hardware}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """Run what is missing from the results file, as far as time allows."""
+    started = time.monotonic()
+    found = probe_details(os.environ)
+    device = found.hardware.devices[0]
+    if device.kind != "cuda":
+        sys.exit("These rows need a GPU; `--again FILE` does not.")
+    hardware = device.name.replace(" ", "-")
+    path: Path = options.results / f"prediction.{hardware}.json"
+    measured = json.loads(path.read_text())["rows"] if path.exists() else []
+    settled = {row.get("name") for row in measured if is_settled(row)}
+    # Early among the others: what they show is whether a plan can be relied upon.
+    all_rows = [*ROWS[:10], *edge_rows(device), *ROWS[10:]]
+    todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
+    options.work.mkdir(parents=True, exist_ok=True)
+    with (options.work / f"{found.uuids[0]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one row at a time on a card, whoever else gives this command
+        models = Models(options.work, [row.shape for row in todo])
+        usual = {"transformers": [USUAL_SECONDS], "unsloth": [USUAL_SECONDS]}
+        try:
+            for number, row in enumerate(todo):
+                expected = time.monotonic() - started + statistics.mean(usual[row.engine])
+                if options.minutes and expected > 60 * options.minutes:
+                    print(f"{len(todo) - number} rows are left for another {options.minutes} minutes", flush=True)
+                    break
+                model = models.wait_for(row.shape)
+                wait_until_free(device)
+                result = run_row(row, model, options.work, found.uuids[0])
+                models.done_with(row.shape)
+                usual[row.engine].append(result["seconds"])
+                measured = [other for other in measured if other.get("name") != row.name] + [result]
+                write_record(path, hardware, measured)
+                print(line(result), flush=True)
+        finally:
+            models.close()
+    return path
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Measure, or look at what was measured, and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=0, help="begin no row that would end later; 0: all rows")
+    parser.add_argument("--only", default="", help="only rows whose names contain this")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--again", type=Path, help="predict the rows of this results file anew")
+    parser.add_argument("--rival", default="", help="python of an environment that has fitcheck-llm")
+    options = parser.parse_args(arguments)
+    assert all(row.shape in SHAPES for row in ROWS)
+    if options.again is None:
+        path = measure(options)
+    else:
+        from prediction_again import look_again
+
+        path = look_again(options.again, options.rival)
+    print(json.dumps(json.loads(path.read_text())["figures"], indent=1))
+    return path
 
 
 if __name__ == "__main__":

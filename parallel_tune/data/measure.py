@@ -22,8 +22,9 @@ def main() -> None:
     """Write the lengths, or what is wrong, as JSON."""
     config = make_config(yaml.safe_load(sys.stdin))
     try:
-        rows, _, _ = prepare_data(config, load_tokenizer(config))
+        rows, held_out, _ = prepare_data(config, load_tokenizer(config))
         said: dict[str, object] = {"lengths": rows.lengths}
+        said["longest_held_out"] = max(held_out.lengths) if held_out is not None else 0
     except ConfigError as error:
         said = {"message": error.message, "hint": error.hint}
     write_atomically(Path(sys.argv[1]), json.dumps(said))

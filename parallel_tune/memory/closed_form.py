@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import groupby
 
 from parallel_tune.memory import speed
 from parallel_tune.memory.captured import (
@@ -101,7 +103,7 @@ class ClosedFormEstimator:
         return reserve
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
-        """Live tensors at every moment that can be the peak: the loss, each layer's backward, the optimizer step."""
+        """Live tensors at every moment that can be the peak: the loss, a layer's backward, the optimizer step."""
         return tuple(_Moments(self.facts, self.settings, part, arrangement).all())
 
     def micro_batch_seconds(self, part: Part, arrangement: Arrangement, device: Device) -> float:
@@ -128,7 +130,7 @@ class _Moments:
         )
         self.checkpointed = arrangement.gradient_checkpointing != "none"
         self.layers = range(part.first_layer, part.last_layer + 1)
-        self.segments = [self._segment(layer) for layer in self.layers]
+        self.segments = self._segments()
         self.stored = [self._stored(segment) for segment in self.segments]
         self.constant = self._constant_bytes()
         # Every other lane may wait with all that its micro-batch has stored; not in the last stage, which takes a
@@ -171,17 +173,36 @@ class _Moments:
         # A stage holds its output while it plays backwards, and the gradient that came for it; the topmost layer's own
         # bytes count that gradient already.
         ends = 0 if self.part.head else self.hidden_bytes
-        for segment, stored in zip(reversed(self.segments), reversed(self.stored), strict=True):
-            below -= stored
+        for segment, stored, ends_of_run in self._runs(ends):
             if self.checkpointed:
                 running, own = segment.checkpointed_bytes, segment.checkpointed_weight_gradient_bytes
             else:
                 running, own = segment.backward_bytes, segment.backward_weight_gradient_bytes
-            gradients = self.states.gradients_bytes if self.gradients_exist else above + own
-            activations = below + running - own + ends + self.constant + self.other_lanes
-            yield self._estimate("backward", gradients, activations, buffers=waiting)
-            above += per_layer
-            ends = 0 if self.part.head else 2 * self.hidden_bytes
+            for passed, ends in ends_of_run:
+                gradients = self.states.gradients_bytes if self.gradients_exist else above + passed * per_layer + own
+                activations = below - (passed + 1) * stored + running - own + ends + self.constant + self.other_lanes
+                yield self._estimate("backward", gradients, activations, buffers=waiting)
+            length = ends_of_run[-1][0] + 1
+            above, below = above + length * per_layer, below - length * stored
+
+    def _runs(self, ends: int) -> Iterator[tuple[Segment, int, list[tuple[int, int]]]]:
+        """Layers of one kind that follow each other, from the top: their segment, what each stores, and those of them
+        that can be the peak, by their place in the run, with what the ends of the stage hold meanwhile.
+
+        Along a run the bytes rise or fall evenly, so that its first or its last layer is the peak.
+
+        Args:
+            ends: what they hold when the topmost layer is played.
+        """
+        later = 0 if self.part.head else 2 * self.hidden_bytes
+        at = 0
+        for _, run in groupby(
+            zip(reversed(self.segments), reversed(self.stored), strict=True), lambda pair: id(pair[0])
+        ):
+            alike = list(run)
+            places = sorted({0, min(1, len(alike) - 1), len(alike) - 1})
+            yield *alike[0], [(place, ends if at + place == 0 else later) for place in places]
+            at += len(alike)
 
     def _forward(self) -> MemoryEstimate:
         """The topmost layer's forward pass: without a loss above it, that can be the peak."""
@@ -219,16 +240,18 @@ class _Moments:
             phase=phase,
         )
 
-    def _segment(self, layer: int) -> Segment:
-        first = layer == 0 and self.part.embedding and self.settings.method == "lora" and not self.checkpointed
-        return layer_segment(
-            self.facts,
-            self.settings,
-            _representative(self.facts, layer),
-            self.arrangement.micro_batch,
-            not first,
-            self.gradients_exist,
-        )
+    def _segments(self) -> list[Segment]:
+        """Of each layer; those of one kind share theirs."""
+        representatives = _representatives(self.facts)[self.part.first_layer : self.part.last_layer + 1]
+        kinds = {layer: self._segment(layer, True) for layer in set(representatives)}
+        segments = [kinds[layer] for layer in representatives]
+        if self.layers[0] == 0 and self.part.embedding and self.settings.method == "lora" and not self.checkpointed:
+            segments[0] = self._segment(0, False)
+        return segments
+
+    def _segment(self, layer: int, input_needs_gradient: bool) -> Segment:
+        micro_batch = self.arrangement.micro_batch
+        return layer_segment(self.facts, self.settings, layer, micro_batch, input_needs_gradient, self.gradients_exist)
 
     def _stored(self, segment: Segment) -> int:
         if not self.checkpointed:
@@ -260,10 +283,11 @@ class _Moments:
         return micro_batch * length * self.settings.mask_width(micro_batch) if masked else 0
 
 
-def _representative(facts: ModelFacts, layer: int) -> int:
-    """The first layer of this one's kind, so that each kind is played once."""
-    kind = (layer in facts.windowed_layers, facts.is_mixture(layer))
-    for other in range(layer):
-        if (other in facts.windowed_layers, facts.is_mixture(other)) == kind:
-            return other
-    return layer
+@lru_cache(maxsize=64)
+def _representatives(facts: ModelFacts) -> tuple[int, ...]:
+    """For each layer the first of its kind, so that each kind is played once."""
+    first: dict[tuple[bool, bool], int] = {}
+    return tuple(
+        first.setdefault((layer in facts.windowed_layers, facts.is_mixture(layer)), layer)
+        for layer in range(facts.num_layers)
+    )

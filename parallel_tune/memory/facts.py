@@ -104,24 +104,27 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         source: what to call it in an error.
 
     Raises:
-        ConfigError: a value that nothing can be said without is missing.
+        ConfigError: a value that nothing can be said without is missing, or is not one that a model can have.
     """
     nested = config.get("text_config")
     text: dict[str, Any] = {**config, **nested} if isinstance(nested, Mapping) else dict(config)
     model_type = str(config.get("model_type") or text.get("model_type") or "")
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in needed if not isinstance(text.get(name), int)]
+    missing = [name for name in needed if text.get(name) is None]
     if missing:
         raise ConfigError(
             f"{source} (model_type {model_type or 'unknown'!r}) has no usable {', '.join(missing)}",
             "Only decoder-only language models with a Hugging Face config.json can be planned.",
         )
+    _check_counts(text, source, needed)
     heads = int(text["num_attention_heads"])
     layers = int(text["num_hidden_layers"])
     attention_bias = bool(text.get("attention_bias", False))
     # transformers stores Qwen's bias nowhere: its modelling code fixes it.
     qkv_bias = bool(text.get("qkv_bias", attention_bias)) or model_type in QKV_BIAS_BY_DEFAULT
     experts = int(text.get("num_local_experts") or text.get("num_experts") or 0)
+    if experts and not text.get("num_experts_per_tok"):
+        raise ConfigError(f"{source} has {experts} experts and no num_experts_per_tok", "Add how many a token goes to.")
     window, windowed = _windows(text, model_type, layers)
     vision = config.get("vision_config")
     return ModelFacts(
@@ -155,6 +158,30 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         foreign_mixer=_foreign_mixer(text),
         modules=_module_names(isinstance(nested, Mapping)),
     )
+
+
+COUNTS = (
+    "num_key_value_heads", "head_dim", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "sliding_window", "max_window_layers",
+    "sliding_window_pattern", "decoder_sparse_step",
+)  # fmt: skip
+"""What may be left out or be null, and is a number otherwise."""
+
+
+def _check_counts(text: Mapping[str, Any], source: str, needed: tuple[str, ...]) -> None:
+    for name in (*needed, *COUNTS):
+        value = text.get(name)
+        if value is None and name not in needed:
+            continue
+        if type(value) is not int or value < (1 if name in needed else 0):
+            hint = "Restore the model's config.json."
+            raise ConfigError(f"{source}: {name} is {value!r}, which no model can have", hint)
+    heads, groups = text["num_attention_heads"], text.get("num_key_value_heads")
+    if groups and heads % groups:
+        raise ConfigError(
+            f"{source}: {heads} attention heads cannot share {groups} key and value heads evenly",
+            "Restore the model's config.json.",
+        )
 
 
 def _dense_layers(text: Mapping[str, Any], layers: int) -> tuple[int, ...]:

@@ -105,7 +105,8 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
             "mlp_only_layers": list(f.dense_layers),
         }
     values["sliding_window"] = f.sliding_window or None
-    if f.windowed_layers and f.model_type != "phi3":
+    # A cut may have none of the windowed layers, and a family's own rule would make some.
+    if f.sliding_window and f.model_type != "phi3":
         values["layer_types"] = [
             "sliding_attention" if i in f.windowed_layers else "full_attention" for i in range(f.num_layers)
         ]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from parallel_tune.memory import operations as ops
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.operations import Scene
-from parallel_tune.memory.parameters import Linear, adapts_experts, expert_parameters, mlp_linears
+from parallel_tune.memory.parameters import (
+    Linear,
+    adapts_experts,
+    expert_adapter_shapes,
+    expert_parameters,
+    mlp_linears,
+)
 from parallel_tune.memory.tape import Tape, Value
 
 INDEX_BYTES = 8
@@ -42,6 +48,10 @@ def mixture(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, source: Val
     adapted = settings.method == "lora" and adapts_experts(facts, layer, settings.lora_targets)
     # peft adds an adapter to a stacked weight as a whole: the sum, as large as the weight, is the product's operand.
     sums = expert_parameters(facts, layer) * settings.weight_bytes if adapted else 0
+    if adapted and settings.adapter_bytes != scene.element_bytes:
+        # Autocast's copies of both matrices, which their product's derivative wants.
+        elements = sum(rows * columns for rows, columns in expert_adapter_shapes(facts, settings.lora_rank))
+        sums += elements * scene.element_bytes
     weights = expert_parameters(facts, layer) * settings.weight_bytes if trained or adapted else 0
     rows, wide, half = (scene.bytes_of(pairs * width) for width in (hidden, 2 * inner, inner))
     extra = tape.hold(sums + scene.tokens * (pairs * 3 * INDEX_BYTES + 2 * facts.num_experts * ops.FLOAT32_BYTES))

@@ -15,6 +15,13 @@ from strategies.errors import ConfigError
 
 HUB_TIMEOUT_SECONDS = 5.0
 """How long one request to the Hub may take: a plan is to answer, or to say why not, at once."""
+_HUB_ANSWERS = {
+    "RepositoryNotFoundError": "the Hub has no such model, or shows it only to those who are logged in",
+    "GatedRepoError": "the Hub gives it only to those who are logged in and have accepted its terms",
+    "RemoteEntryNotFoundError": "on the Hub it has no config.json",
+    "EntryNotFoundError": "on the Hub it has no config.json",
+    "RevisionNotFoundError": "on the Hub it has no such revision",
+}
 QUANTIZED_SUFFIXES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 """Endings of repositories that hold a known model's weights in bitsandbytes' 4-bit form."""
 
@@ -54,7 +61,7 @@ def load_model_config(
         config, quantized = catalog_config(model)
         if config is not None:
             return {**config, **_quantization(quantized)}, f"the catalogue's {model}"
-    hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+    hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None
     offline = _offline() if offline is None else offline
     reason = "offline" if offline else "not a Hub name"
     if hub_name and not offline:
@@ -64,7 +71,7 @@ def load_model_config(
         except ConfigError:
             raise
         except Exception as error:  # requests, httpx and huggingface_hub each have a family of their own
-            reason = f"the Hub answered {type(error).__name__}"
+            reason = _HUB_ANSWERS.get(type(error).__name__, f"the Hub cannot be asked: {type(error).__name__}")
     near = nearest_names(model)
     raise ConfigError(
         f"nothing is known of model {model!r}: looked at {', '.join(looked_at)} ({reason})",
@@ -143,8 +150,10 @@ def _cached_config(model: str, revision: str) -> Path | None:
 
 def _hub_config(model: str, revision: str | None) -> dict[str, Any]:
     # Imported here because it costs a second, and most plans need no network. It reads HF_ENDPOINT itself.
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    # Downloading tries again and again for half a minute, and says so; this asks once.
+    get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=HUB_TIMEOUT_SECONDS)
     path = hf_hub_download(model, "config.json", revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS)
     return _read(Path(path))
 

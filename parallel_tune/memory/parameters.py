@@ -179,12 +179,17 @@ def adapter_shapes(facts: ModelFacts, layer: int, rank: int, targets: tuple[str,
         for shape in ((rank, linear.inputs), (linear.outputs, rank))
     ]
     if adapts_experts(facts, layer, targets):
-        experts, hidden, inner = facts.num_experts, facts.hidden_size, facts.moe_intermediate_size
-        shapes += [(2 * rank * experts, hidden), (2 * inner, 2 * rank * experts)]
-        shapes += [(rank * experts, inner), (hidden, rank * experts)]
+        shapes += expert_adapter_shapes(facts, rank)
         if ALL_LINEAR in targets:
-            shapes += [(rank, hidden), (experts, rank)]
+            shapes += [(rank, facts.hidden_size), (facts.num_experts, rank)]
     return tuple(shapes)
+
+
+def expert_adapter_shapes(facts: ModelFacts, rank: int) -> list[tuple[int, int]]:
+    """Rows and columns of the LoRA matrices of one layer's stacked experts: gate and up together, then down."""
+    experts, hidden, inner = facts.num_experts, facts.hidden_size, facts.moe_intermediate_size
+    gate_and_up = [(2 * rank * experts, hidden), (2 * inner, 2 * rank * experts)]
+    return [*gate_and_up, (rank * experts, inner), (hidden, rank * experts)]
 
 
 def adapter_parameters(facts: ModelFacts, part: Part, rank: int, targets: tuple[str, ...] = DEFAULT_TARGETS) -> int:

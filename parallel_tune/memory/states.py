@@ -105,24 +105,39 @@ def weight_bytes(counts: PartParameters, settings: TrainingSettings) -> int:
 
 def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> tuple[int, int]:
     """Trainable elements of a part: all, and those in tensors too small for 8-bit states."""
-    layers = range(part.first_layer, part.last_layer + 1)
+    total = small = 0
+    for layer, count in _kinds(facts, part):
+        sizes = _adapter_sizes(facts, settings, layer) if settings.method == "lora" else _vector_sizes(facts, layer)
+        total += count * sum(sizes)
+        small += count * sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
     if settings.method == "lora":
-        sizes = [r * c for i in layers for r, c in adapter_shapes(facts, i, settings.lora_rank, settings.lora_targets)]
-        for layer in layers:
-            adapted = adapted_linears(facts, layer, settings.lora_targets)
-            if settings.use_dora:
-                sizes += [linear.outputs for linear in adapted]
-            biased = {"none": (), "lora_only": adapted, "all": layer_linears(facts, layer)}[settings.bias]
-            sizes += [linear.bias_parameters for linear in biased]
-        return sum(sizes), sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
-    small = 0
-    for layer in layers:
-        vectors = [facts.hidden_size] * facts.norms_per_layer + ([facts.head_dim] * 2 if facts.qk_norm else [])
-        vectors += [linear.bias_parameters for linear in layer_linears(facts, layer)]
-        small += sum(size for size in vectors if size < BNB_8BIT_SMALLEST)
+        return total, small
     # Text alone gives a vision tower no gradient, and then no optimizer state.
     outside = facts.extra_parameters if part.embedding else 0
     return part_parameters(facts, part).total - outside, small
+
+
+def _kinds(facts: ModelFacts, part: Part) -> list[tuple[int, int]]:
+    """A layer for each kind that a part has, and how many there are: mixtures and dense ones."""
+    layers = range(part.first_layer, part.last_layer + 1)
+    kinds = [[layer for layer in layers if facts.is_mixture(layer) is mixture] for mixture in (False, True)]
+    return [(alike[0], len(alike)) for alike in kinds if alike]
+
+
+def _adapter_sizes(facts: ModelFacts, settings: TrainingSettings, layer: int) -> list[int]:
+    """Elements of each tensor that LoRA trains in a layer."""
+    adapted = adapted_linears(facts, layer, settings.lora_targets)
+    sizes = [r * c for r, c in adapter_shapes(facts, layer, settings.lora_rank, settings.lora_targets)]
+    if settings.use_dora:
+        sizes += [linear.outputs for linear in adapted]
+    biased = {"none": (), "lora_only": adapted, "all": layer_linears(facts, layer)}[settings.bias]
+    return sizes + [linear.bias_parameters for linear in biased]
+
+
+def _vector_sizes(facts: ModelFacts, layer: int) -> list[int]:
+    """Elements of each vector of a layer; its matrices are never small."""
+    vectors = [facts.hidden_size] * facts.norms_per_layer + ([facts.head_dim] * 2 if facts.qk_norm else [])
+    return vectors + [linear.bias_parameters for linear in layer_linears(facts, layer)]
 
 
 def optimizer_state_bytes(optimizer: Optimizer, trainable: int, small: int, element_bytes: int) -> int:

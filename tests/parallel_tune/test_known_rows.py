@@ -55,6 +55,18 @@ def test_a_run_too_long_to_look_at_counts_on_the_longest_rows() -> None:
     config = make_config({"global_batch_size": 2, "max_steps": MOST_ROWS})
     assert rows.largest_micro_batch(config, Arrangement(1, 2, 1, "none")) == 16
     assert rows.cut(6).lengths == (5, 6, 6, 2) and rows.cut(9) is rows
+    held_out = KnownRows([5, 4], 9).cut(6)
+    assert (held_out.lengths, held_out.longest_held_out) == ((5, 4), 6)
+
+
+@pytest.mark.parametrize("padding_free", ["on", "off"])
+def test_a_long_row_that_is_only_evaluated_counts(padding_free: str) -> None:
+    options = {"padding_free": padding_free, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    peaks = [
+        plan_of(KnownRows([300] * 40, held_out), **options)[1].devices[0].predicted_peak_bytes
+        for held_out in (0, 300, 2048)
+    ]
+    assert peaks[0] == peaks[1] < peaks[2]
 
 
 ALPACA = KnownRows([40 + 3 * (number % 30) for number in range(3000)])
@@ -111,6 +123,7 @@ def test_the_lengths_are_those_of_the_rows_trained_on(tied_model: Any, rows_file
     options = {"model": str(tied_model), "dataset": str(rows_file), "val_size": 6, "max_seq_length": 64}
     rows = measure_rows(make_config(options))
     assert len(rows.lengths) == 53 and rows.longest == 64 and min(rows.lengths) < 20
+    assert 0 < rows.longest_held_out <= 64
     with pytest.raises(ConfigError, match="nowhere"):
         measure_rows(make_config({**options, "dataset": "nowhere.jsonl"}))
     with pytest.raises(ConfigError, match="tokenizer"):

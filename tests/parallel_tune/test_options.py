@@ -228,8 +228,21 @@ def test_evaluation_takes_as_many_rows_at_once_as_it_is_told() -> None:
 
     session = type("Session", (SplitSession,), {"__init__": lambda self: None, "device": torch.device("cpu")})()
     rows = [{"input_ids": [1, 2], "labels": [-100, 2]}] * 7
-    held_out_loss(Model(), rows, lambda batch: collate(batch, 0), 3, session)
+    held_out_loss(Model(), rows, lambda batch: collate(batch, 0), 3, 100, session)
     assert Model.sizes == [3, 3, 1]
+    Model.sizes.clear()
+    held_out_loss(Model(), rows, lambda batch: collate(batch, 0), 3, 4, session)
+    assert Model.sizes == [2, 2, 2, 1]  # no more tokens than a micro-batch of training has
+
+
+def test_an_evaluation_pass_has_no_more_tokens_than_training() -> None:
+    from parallel_tune.evaluation import passes
+
+    lengths = [3, 9, 4, 30, 5]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    assert list(passes(order, lengths, 4, 12)) == [[0, 2], [4], [1], [3]]  # a row longer than that goes alone
+    assert list(passes(order, lengths, 2, 1000)) == [[0, 2], [4, 1], [3]]
+    assert list(passes([], [], 2, 1000)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What comes out of the rows of examples/benchmarks/prediction.py: errors of each, and of all."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+Measured = dict[str, Any]
+KINDS = ("allocated", "used")
+
+
+def score(row: Measured) -> None:
+    """Add a run's predicted and measured bytes of its one card, and the errors of the predictions.
+
+    Stages that share the card are one process: context and workspaces are there once, and its peak is at most the sum
+    of theirs, which they do not reach at one moment.
+    """
+    devices = row["devices"]
+    row["predicted_allocated_bytes"] = sum(device["predicted_allocated_bytes"] for device in devices)
+    row["predicted_peak_bytes"] = sum(device["predicted_peak_bytes"] for device in devices)
+    for planned in row["plan"]["devices"][1:]:
+        row["predicted_peak_bytes"] -= planned["memory"]["context_bytes"]
+    for name in ("allocated_peak_bytes", "reserved_peak_bytes", "used_peak_bytes"):
+        row[name] = devices[0][name]
+    row["allocated_error"] = row["predicted_allocated_bytes"] / row["allocated_peak_bytes"] - 1
+    row["used_error"] = row["predicted_peak_bytes"] / row["used_peak_bytes"] - 1
+
+
+def figures(rows: list[Measured]) -> dict[str, Any]:
+    """Mean and worst of the errors' sizes.
+
+    Rows that were in view when a formula or a constant was made are counted apart: they are no test of it.
+    """
+    fresh = [row for row in rows if not row.get("in_view")]
+    found = _errors(fresh)
+    for name in ("transformers", "unsloth"):
+        found[name] = _errors([row for row in fresh if row["engine"] == name])
+    found["captured"] = _errors([row for row in fresh if row.get("captured")])
+    found["in_view"] = _errors([row for row in rows if row.get("in_view")])
+    refused = [row for row in fresh if row.get("may_fail")]
+    found["refused_rows"] = len(refused)
+    found["refused_rows_that_ran_out_of_memory"] = sum(bool(row.get("ran_out_of_memory")) for row in refused)
+    found["failed"] = [row["name"] for row in fresh if "failed" in row and not row.get("ran_out_of_memory")]
+    rival = [row for row in fresh if "fitcheck_used_error" in row]
+    if rival:
+        found["fitcheck"] = {"rows": len(rival), "refused": sum("fitcheck_refusal" in row for row in fresh)}
+        found["fitcheck"] |= _errors_of(rival, "fitcheck_")
+        found["ours_on_these"] = _errors(rival)
+    return found
+
+
+def _errors(rows: list[Measured]) -> dict[str, Any]:
+    measured = [row for row in rows if "allocated_error" in row]
+    false_fits = sum(bool(row.get("ran_out_of_memory")) and not row.get("may_fail") for row in rows)
+    return {"rows": len(measured), **_errors_of(measured, ""), "false_fits": false_fits}
+
+
+def _errors_of(rows: list[Measured], prefix: str) -> dict[str, float]:
+    found = {}
+    for kind in KINDS:
+        sizes = [abs(row[f"{prefix}{kind}_error"]) for row in rows]
+        if sizes:
+            found[f"{kind}_mean_error"] = round(statistics.mean(sizes), 6)
+            found[f"{kind}_worst_error"] = round(max(sizes), 6)
+    return found
+
+
+def line(row: Measured) -> str:
+    """A row for people."""
+    what = f"{row['name']:38} {row['tokens']:>6} x {row['rows']:<2} {row['seconds']:6.1f} s "
+    if "failed" in row:
+        said = "ran out of memory" if row["ran_out_of_memory"] else f"FAILED: {row['failed']}"
+        return f"{what} {said}{', as it should' if row['may_fail'] and row['ran_out_of_memory'] else ''}"
+    gib = [row[name] / 2**30 for name in ("predicted_allocated_bytes", "allocated_peak_bytes")]
+    used = [row[name] / 2**30 for name in ("predicted_peak_bytes", "used_peak_bytes")]
+    return (
+        f"{what} allocated {gib[0]:6.2f} / {gib[1]:6.2f} GiB {row['allocated_error']:+7.2%}"
+        f"   used {used[0]:6.2f} / {used[1]:6.2f} GiB {row['used_error']:+7.2%}"
+    )

@@ -1,0 +1,110 @@
+"""The runs that examples/benchmarks/prediction.py scores, most telling first.
+
+None of them was seen while a formula or a constant was made. What was seen then: the rows of results that carry
+`in_view` (llama-1b, qwen3-1b, gemma3-1b, llama-3b and llama-8b, eager, rows of one length), six steps of Llama and
+Qwen3 shapes, and captured runs of a Qwen3-8B and a Llama-1B shape. Once these rows have changed a formula, they have to
+be marked so in their turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Data = Literal["full", "short", "mixed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run.
+
+    Attributes:
+        name: tells it from all others, in the results too.
+        shape: the model, by its name in shapes.py.
+        tokens: the longest row that is let through.
+        rows: of a micro-batch.
+        data: rows that are all cut at `tokens`; short ones; or short ones among some long ones.
+        accumulation: micro-batches of a step.
+        captured: whether steps are captured; there must be enough of them.
+        options: what else the command line has.
+        on: what the run is planned for; another card than the one there for a run that does not fit it.
+        may_fail: it is there to run out of memory.
+    """
+
+    name: str
+    shape: str
+    engine: Literal["transformers", "unsloth"]
+    method: Literal["lora", "4bit", "full"]
+    tokens: int
+    rows: int
+    checkpointing: str
+    data: Data = "full"
+    accumulation: int = 2
+    steps: int = 3
+    captured: bool = False
+    options: tuple[str, ...] = ()
+    on: str = ""
+    may_fail: bool = False
+
+    def arguments(self) -> list[str]:
+        """The command line, files aside."""
+        methods = {"lora": [], "4bit": ["--load_in_4bit"], "full": ["--full_finetuning", "--learning_rate", "1e-5"]}
+        strategy = [] if "--strategy" in self.options else ["--strategy", "ddp"]
+        return [
+            "--engine", self.engine, *strategy, *methods[self.method], "--max_seq_length", str(self.tokens),
+            "--per_device_train_batch_size", str(self.rows), "--gradient_accumulation_steps", str(self.accumulation),
+            "--max_steps", str(self.steps), "--use_gradient_checkpointing", self.checkpointing,
+            "--capture", "on" if self.captured else "off", *(["--hardware", self.on] if self.on else []), *self.options,
+        ]  # fmt: skip
+
+    @property
+    def samples(self) -> int:
+        """Rows of data that the run needs."""
+        return self.rows * self.accumulation * self.steps
+
+
+HF: Final = "transformers"
+UNSLOTH: Final = "unsloth"
+RANK = "--r"
+QUERY_AND_VALUE = ("--target_modules", "q_proj,v_proj")
+EIGHT_BIT = ("--optim", "adamw_8bit")
+PADDED = ("--padding_free", "off")
+PACKED = ("--packing",)
+SPLIT = ("--strategy", "model_parallel", "--stages", "2", "--pipeline", "off")
+
+ROWS: tuple[Row, ...] = (
+    Row("qwen2-1.5b long recomputed", "qwen2-1.5b", HF, "lora", 6144, 1, "full", options=(RANK, "32")),
+    Row("qwen2-1.5b captured mixed", "qwen2-1.5b", HF, "lora", 2048, 2, "none", "mixed", 4, 12, True),
+    Row("qwen2-1.5b full 8-bit", "qwen2-1.5b", HF, "full", 1536, 2, "none", options=EIGHT_BIT),
+    Row("qwen3-4b recomputed", "qwen3-4b", HF, "lora", 3072, 1, "full", options=(RANK, "8")),
+    Row("qwen3-4b unsloth nf4 offloaded", "qwen3-4b", UNSLOTH, "4bit", 6144, 1, "unsloth",
+        options=(RANK, "64", *EIGHT_BIT)),
+    Row("qwen3-4b captured packed", "qwen3-4b", HF, "lora", 1024, 2, "none", "short", 4, 6, True, PACKED),
+    Row("qwen3-4b joined short", "qwen3-4b", HF, "lora", 1024, 8, "none", "short"),
+    Row("qwen3-4b padded short", "qwen3-4b", HF, "4bit", 1024, 6, "none", "short", options=PADDED),
+    Row("qwen3-4b unsloth captured short", "qwen3-4b", UNSLOTH, "lora", 1024, 4, "none", "short", 4, 8, True),
+    Row("qwen3-4b unsloth", "qwen3-4b", UNSLOTH, "lora", 1536, 3, "none"),
+    Row("mistral-7b", "mistral-7b", HF, "lora", 3072, 1, "none", options=(RANK, "64")),
+    Row("mistral-7b nf4 recomputed", "mistral-7b", HF, "4bit", 4096, 2, "full", options=EIGHT_BIT),
+    Row("mistral-7b unsloth offloaded", "mistral-7b", UNSLOTH, "lora", 8192, 1, "unsloth"),
+    Row("mistral-7b captured full rows", "mistral-7b", HF, "lora", 1024, 2, "none", "full", 4, 6, True),
+    Row("mistral-7b unsloth nf4 captured", "mistral-7b", UNSLOTH, "4bit", 1536, 1, "none", "full", 4, 6, True),
+    Row("mistral-7b unsloth nf4", "mistral-7b", UNSLOTH, "4bit", 3072, 2, "none", options=(RANK, "8")),
+    Row("llama-3b full recomputed 8-bit", "llama-3b", HF, "full", 1024, 3, "full", options=EIGHT_BIT),
+    Row("llama-3b full", "llama-3b", HF, "full", 1024, 1, "none"),
+    Row("llama-3b two stages", "llama-3b", HF, "lora", 2048, 2, "full", options=SPLIT),
+    Row("llama-3b unsloth recomputed", "llama-3b", UNSLOTH, "lora", 2048, 4, "full", options=(RANK, "128")),
+    Row("llama-3b unsloth full", "llama-3b", UNSLOTH, "full", 1536, 2, "full", options=EIGHT_BIT),
+    Row("llama-3b captured packed", "llama-3b", HF, "4bit", 3072, 1, "none", "short", 4, 6, True, PACKED),
+    Row("llama-3b nf4 padded recomputed", "llama-3b", HF, "4bit", 1024, 8, "full", "short", options=PADDED),
+    Row("gemma3-4b recomputed", "gemma3-4b", HF, "lora", 2048, 1, "full"),
+    Row("gemma3-4b joined", "gemma3-4b", HF, "lora", 512, 4, "none", "short", options=EIGHT_BIT),
+    Row("gemma3-4b nf4", "gemma3-4b", HF, "4bit", 768, 2, "none", options=PADDED),
+    Row("phi3-mini", "phi3-mini", HF, "lora", 1536, 2, "none"),
+    Row("phi3-mini nf4 recomputed", "phi3-mini", HF, "4bit", 3072, 1, "full"),
+    Row("qwen2-1.5b nf4 attention", "qwen2-1.5b", HF, "4bit", 2048, 4, "none", options=QUERY_AND_VALUE),
+    Row("qwen2-1.5b unsloth many rows", "qwen2-1.5b", UNSLOTH, "lora", 512, 16, "none", options=(RANK, "4")),
+    Row("qwen2-1.5b unsloth packed", "qwen2-1.5b", UNSLOTH, "lora", 4096, 1, "unsloth", "short", options=PACKED),
+    Row("gemma3-4b unsloth nf4", "gemma3-4b", UNSLOTH, "4bit", 1024, 1, "unsloth"),
+)  # fmt: skip
+"""All but those whose length follows from the card, which prediction.py makes."""

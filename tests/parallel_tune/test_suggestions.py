@@ -1,0 +1,83 @@
+"""What a plan that does not fit suggests is as little a change as it says, and plans of its own show that it fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from parallel_tune.config import make_config
+from parallel_tune.decision import find_hardware
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.planning import LENGTH_STEP, make_plan, require_fit
+from strategies.contracts import Hardware, Plan
+from strategies.errors import ConfigError, NoStrategyFits
+from strategies.registry import load_registry
+
+
+def plan_of(hardware: str | Hardware, model: str, engine: Any = "unsloth", **options: Any) -> Plan:
+    devices = parse_hardware(hardware) if isinstance(hardware, str) else hardware
+    config = make_config({"model": model, **options})
+    return make_plan(config, load_model_facts(model), engine, devices, load_registry())
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("1xRTX3090-24GB", "meta-llama/Llama-3.1-8B", {"max_seq_length": 65536}),
+    ("1xA100-40GB", "meta-llama/Llama-3.1-8B", {"per_device_train_batch_size": 60, "max_seq_length": 4096}),
+    ("1xRTX4090-24GB", "Qwen/Qwen3-4B", {"full_finetuning": True}),
+    ("2xA100-40GB", "meta-llama/Llama-3.1-70B", {}),
+    ("1xH100-80GB", "meta-llama/Llama-3.1-8B", {"use_gradient_checkpointing": "none", "max_seq_length": 32768}),
+    ("1xT4-16GB", "Qwen/Qwen2.5-7B", {}),
+]
+
+
+@pytest.mark.parametrize(("hardware", "model", "options"), CASES, ids=lambda value: str(value)[:30])
+def test_each_suggestion_is_a_plan_that_fits(hardware: str, model: str, options: dict[str, Any]) -> None:
+    plan = plan_of(hardware, model, **options)
+    assert not plan.fits and plan.suggestions
+    assert len({item.change.split()[0] for item in plan.suggestions}) == len(plan.suggestions)
+    for item in plan.suggestions:
+        changed, devices = dict(options), parse_hardware(hardware)
+        name, _, value = item.change.removeprefix("--").partition(" ")
+        if item.change.startswith("one more"):
+            devices = replace(devices, devices=(*devices.devices, replace(devices.devices[-1], index=9)))
+        elif item.change.startswith("--"):
+            changed[name] = value or True
+        else:
+            changed["full_finetuning"] = False
+        again = plan_of(devices, model, **changed)
+        assert again.fits, item.change
+        assert max(device.predicted_peak_bytes for device in again.devices) == item.predicted_peak_bytes
+        if name in ("max_seq_length", "per_device_train_batch_size"):
+            # A sixteenth of the gap that halving leaves, and no more, is given away.
+            step = LENGTH_STEP if name == "max_seq_length" else 1
+            more = int(value) + max(step, -(-int(value) // 16 // step) * step)
+            assert not plan_of(hardware, model, **{**options, name: more + step}).fits
+    with pytest.raises(NoStrategyFits) as caught:
+        require_fit(plan, "auto")
+    assert caught.value.exit_code == 3
+    for device in plan.devices:
+        assert f"device {device.index} ({device.name}) needs" in caught.value.message
+        assert "short" in caught.value.message
+    assert all(item.change in caught.value.hint for item in plan.suggestions)
+
+
+def test_two_of_three_cards_where_one_is_too_small() -> None:
+    plan = plan_of("2xRTX3090-24GB+1xRTX3070-8GB", "meta-llama/Llama-3.1-8B")
+    assert (plan.strategy, plan.fits, [device.index for device in plan.devices]) == ("ddp", True, [0, 1])
+    assert any("device 2 (RTX3070-8GB" in reason and "left out" in reason for reason in plan.reasons)
+
+
+def test_adapters_for_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no such linear") as caught:
+        plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="nothing,neither")
+    assert "q_proj" in caught.value.hint
+    assert plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="self_attn.q_proj").fits
+    assert plan_of("1xH100-80GB", "microsoft/Phi-3-mini-4k-instruct").fits  # two of the defaults are there
+
+
+def test_an_empty_declaration_is_no_probe() -> None:
+    with pytest.raises(ConfigError, match="--hardware ''"):
+        find_hardware(make_config({"hardware": ""}))
