@@ -45,6 +45,8 @@ class Observation:
         layers, head, seconds: of each stage: how many layers, whether the head too, and forward and backward of a
             micro-batch.
         row_tokens: of a row on average.
+        layer_host_seconds: the host issues a layer's work of a micro-batch in no more than this. Where stages overlap
+            it keeps up with the slowest of them; where they take turns, with all together.
     """
 
     checkpointing: str
@@ -53,6 +55,7 @@ class Observation:
     layers: tuple[int, ...]
     head: tuple[bool, ...]
     seconds: tuple[float, ...]
+    layer_host_seconds: float
     at: str = ""
 
 
@@ -91,6 +94,8 @@ def rows_of(report: Mapping[str, Any], plan: Plan, kind: str, run: str) -> dict[
     if measured is None or measured["steps"] < FEWEST_STEPS or not report["samples"]:
         return {}
     found: dict[str, dict[str, Any]] = {}
+    pace = max(measured["seconds"]) if report["lanes"] > 1 and not report["lanes_reason"] else sum(measured["seconds"])
+    num_layers = plan.devices[-1].layers[1] + 1
     for place, (device, seconds) in enumerate(zip(plan.devices, measured["seconds"], strict=True)):
         row = found.setdefault(
             device.name,
@@ -103,6 +108,7 @@ def rows_of(report: Mapping[str, Any], plan: Plan, kind: str, run: str) -> dict[
                 "lanes": plan.lanes,
                 "micro_batch_tokens": measured["micro_batch_tokens"],
                 "row_tokens": report["tokens"] / report["samples"],
+                "layer_host_seconds": pace / num_layers,
                 "layers": [],
                 "head": [],
                 "seconds": [],
@@ -157,13 +163,14 @@ def _parse(row: Mapping[str, Any]) -> Observation:
     if any(type(count) is not int or count < 1 for count in layers) or any(type(last) is not bool for last in head):
         raise ValueError("no stages")
     figures = [float(each) for each in (*seconds, row["micro_batch_tokens"], row["row_tokens"])]
-    if not all(math.isfinite(figure) and figure > 0 for figure in figures):
+    host = float(row["layer_host_seconds"])
+    if not all(math.isfinite(figure) and figure > 0 for figure in (*figures, host)):
         raise ValueError("no figures of a machine")
     if max(figures[:-2]) > LONGEST_SECONDS or max(figures[-2:]) > MOST_TOKENS:
         raise ValueError("beyond all machines")
     return Observation(
         str(row["checkpointing"]), figures[-2], figures[-1], tuple(layers), tuple(head), tuple(figures[:-2]),
-        str(row.get("at", "")),
+        host, str(row.get("at", "")),
     )  # fmt: skip
 
 
@@ -178,6 +185,7 @@ class Costs:
     Attributes:
         layer_seconds, head_seconds: forward and backward; the head with its loss. Medians over runs.
         checkpointing, micro_batch_tokens: under which they were measured.
+        layer_host_seconds: what the host takes at most; None where only another checkpointing was measured.
         runs: how many runs they come from.
         last: when the last of them was.
     """
@@ -188,6 +196,7 @@ class Costs:
     formula_head_seconds: float
     checkpointing: str
     micro_batch_tokens: float
+    layer_host_seconds: float | None
     runs: int
     last: str
 
@@ -201,14 +210,15 @@ class Costs:
 
 
 def fit(runs: Sequence[Observation], checkpointing: str, tokens: float, formula: Formula) -> Costs | None:
-    """What the runs nearest to these conditions say: the same checkpointing before the same tokens.
+    """What the runs nearest to these conditions say: the same checkpointing, or as much recomputed, before like tokens.
 
     Layers are taken to be alike. The head's share is what its stage took beyond its layers at the pace of the other
     stages; where one device has no other stage, layers and head are taken to be off by one factor.
     """
-    same = [run for run in runs if run.checkpointing == checkpointing] or list(runs)
-    if not same:
+    if not runs:
         return None
+    alike = [run for run in runs if (run.checkpointing == "none") == (checkpointing == "none")]
+    same = [run for run in runs if run.checkpointing == checkpointing] or alike or list(runs)
     nearest = min(same, key=lambda run: abs(math.log(run.micro_batch_tokens / tokens)))
     near = [
         run
@@ -224,6 +234,7 @@ def fit(runs: Sequence[Observation], checkpointing: str, tokens: float, formula:
         statistics.median(formula_heads),
         nearest.checkpointing,
         statistics.median(run.micro_batch_tokens for run in near),
+        min(run.layer_host_seconds for run in same[-LATEST_RUNS:]) if nearest.checkpointing == checkpointing else None,
         len(near),
         near[-1].at,
     )

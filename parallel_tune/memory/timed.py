@@ -53,11 +53,11 @@ class TimedEstimator:
         return layers * costs.layer_factor + head * costs.head_factor
 
     def host_seconds(self, part: Part, arrangement: Arrangement) -> float:
-        """The inner estimator's, but no more than was measured in all: a stage's time holds that of its host."""
+        """The inner estimator's, but no more than a run here has shown that the host takes."""
         host = self._inner.host_seconds(part, arrangement)
-        if any(self.costs(arrangement, device) is None for device in self._devices):
-            return host
-        return min(host, *(self.micro_batch_seconds(part, arrangement, device) for device in self._devices))
+        known = (self.costs(arrangement, device) for device in self._devices)
+        shown = [costs.layer_host_seconds for costs in known if costs is not None]
+        return min([host, *(part.num_layers * seconds for seconds in shown if seconds is not None)])
 
     def costs(self, arrangement: Arrangement, device: Device) -> Costs | None:
         """What was measured under the conditions nearest to these; None where nothing was."""
