@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from strategies.candidate import Candidate, noun
+from strategies.candidate import Candidate
 from strategies.contracts import Workload
 from strategies.fit import gib, need, usable_bytes
 
@@ -16,26 +16,33 @@ def lane_reasons(chosen: Candidate, candidates: Sequence[Candidate], workload: W
         candidates: all that were looked at.
     """
     if len(chosen.stages) == 1:
-        return ()
+        return (
+            ("no lanes: one device holds the whole model; --stages 2 splits it there",) if workload.force_lanes else ()
+        )
     if chosen.arrangement.lanes == 1:
         return (f"no lanes, one micro-batch at a time: {_why_none(chosen, candidates, workload)}", _busy(chosen))
-    stages, m = chosen.stages, chosen.arrangement.gradient_accumulation_steps
-    naive = m * sum(stage.device_seconds for stage in stages)
-    bound = len(stages) * m / (m + len(stages) - 1)
-    kind = noun(stages[0].device)
-    lanes = chosen.arrangement.lanes
-    said = [
-        f"{lanes} lanes keep the {kind}s busy: {naive / chosen.step_seconds:.2f}x of one micro-batch "
-        f"at a time is predicted; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
-        f"{_busy(chosen)}; {m}/{m + len(stages) - 1} = {m / (m + len(stages) - 1):.0%} would be each stage's if all "
-        "took as long",
-    ]
+    if chosen.stages[0].device.kind == "cpu" or len({stage.device.index for stage in chosen.stages}) == 1:
+        said = [f"{chosen.arrangement.lanes} lanes, as was asked for; the stages share one device: little is gained"]
+    else:
+        said = _gain(chosen)
     if workload.gradient_checkpointing == "unsloth":
         said.append(
             "checkpointing full in place of unsloth: offloading keeps buffers that are the whole process's, so lanes "
             "keep layer inputs on the device, which the figures count; --pipeline off offloads them"
         )
     return tuple(said)
+
+
+def _gain(chosen: Candidate) -> list[str]:
+    stages, m, lanes = chosen.stages, chosen.arrangement.gradient_accumulation_steps, chosen.arrangement.lanes
+    naive = m * max(chosen.host_seconds, sum(stage.device_seconds for stage in stages))
+    bound = len(stages) * m / (m + len(stages) - 1)
+    return [
+        f"{lanes} lanes keep the cards busy: {naive / chosen.step_seconds:.2f}x of one micro-batch at a time is "
+        f"predicted; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
+        f"{_busy(chosen)}; {m}/{m + len(stages) - 1} = {m / (m + len(stages) - 1):.0%} would be each stage's if all "
+        "took as long",
+    ]
 
 
 def _busy(chosen: Candidate) -> str:

@@ -162,7 +162,7 @@ def _candidate(
     assert stages is not None  # place_by_memory always answers
     host = sum(estimate.host_seconds(stage.part, arrangement) for stage in stages)
     seconds = step_seconds(stages, host, arrangement.gradient_accumulation_steps, arrangement.lanes)
-    return Candidate(arrangement, global_batch, stages, seconds, workload.sequence_length)
+    return Candidate(arrangement, global_batch, stages, seconds, workload.sequence_length, host)
 
 
 def _reason(chosen: Candidate) -> str:

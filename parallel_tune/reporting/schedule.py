@@ -98,15 +98,15 @@ def schedule_chart(schedules: Sequence[Schedule]) -> Markup:
     height = bottom + 36
     parts = []
     for tick, label in zip(axis.ticks, axis.labels(), strict=True):
-        at = _x(axis, tick)
-        parts.append(tag("line", x1=at, x2=at, y1=4, y2=bottom, class_="grid"))
-        parts.append(tag("text", label, x=at, y=bottom + 15, text_anchor="middle"))
+        parts.append(tag("text", label, x=_x(axis, tick), y=bottom + 15, text_anchor="middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(tag("text", "time within the step (ms)", x=middle, y=height - 4, text_anchor="middle"))
     top = 8
     for schedule, needed in zip(schedules, heights, strict=True):
         if heads:
             parts.append(tag("text", schedule.title, x=0, y=top + 16, class_="ink"))
+        for at in (_x(axis, tick) for tick in axis.ticks):
+            parts.append(tag("line", x1=at, x2=at, y1=top + heads - 4, y2=top + needed - 4, class_="grid"))
         parts += _rows(schedule, axis, top + heads)
         top += needed
     several = len(schedules) > 1

@@ -150,6 +150,11 @@ def test_a_split_without_lanes_says_why(
 def test_virtual_devices_say_why_they_take_turns(model: Make, cpus: Make) -> None:
     chosen = plan(model("1b"), cpus(2), lanes_available=True)
     assert [reason for reason in chosen.reasons if "virtual devices share one CPU" in reason]
+    forced = plan(model("1b", force_lanes=True), cpus(2), lanes_available=True)
+    assert forced.lanes == 2
+    assert any("2 lanes, as was asked for; the stages share one device" in reason for reason in forced.reasons)
+    refused = plan(model("1b", force_lanes=True), cpus(1), lanes_available=True)
+    assert any("one device holds the whole model" in reason for reason in refused.reasons)
     alone = plan(model("1b"), cpus(1), lanes_available=True)
     assert not [reason for reason in alone.reasons if "lanes" in reason]
 
