@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,3 +220,28 @@ def test_a_model_that_cannot_be_cut_says_why_and_trains(folder: Path, tmp_path: 
     # The first step found it out; the naive ones after it are timed as such.
     segments = json.loads((run / "timeline.json").read_text())["segments"]
     assert all(one["end"] <= other["start"] for one, other in pairwise(segments))
+
+
+def test_a_layer_a_stage_and_fewer_lanes_than_stages(folder: Path, tmp_path: Path) -> None:
+    options = ("--hardware", "cpu:3", "--stages", "4", "--max_steps", "3")
+    naive = start(folder, tmp_path / "off", *options, "--pipeline", "off")
+    lanes = start(folder, tmp_path / "on", *options, "--pipeline", "on", "--lanes", "3")
+    plan = json.loads((lanes / "plan.json").read_text())
+    assert ([device["layers"] for device in plan["devices"]], plan["lanes"]) == ([[i, i] for i in range(4)], 3)
+    assert figures(naive) == figures(lanes)
+    assert same_weights(naive, lanes)
+    for run in (naive, lanes):
+        segments = json.loads((run / "timeline.json").read_text())["segments"]
+        assert len(segments) == 5 * 7
+        report = json.loads((run / "report.json").read_text())
+        assert all(0 < device["busy_share"] < 1 for device in report["devices"])
+        assert len(report["stage_seconds"]["seconds"]) == 4
+
+
+@pytest.mark.parametrize("pipeline", ["on", "off"])
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(folder: Path, tmp_path: Path, pipeline: str) -> None:
+    options = ("--hardware", "cpu:2", "--max_steps", "9", "--learning_rate", "1e38", "--pipeline", pipeline)
+    argv = command(folder, tmp_path / "run", *options)
+    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"the loss is (nan|inf) at step \d", done.stdout + done.stderr)
