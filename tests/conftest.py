@@ -24,9 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What runs teach is kept for later plans: neither for those of whoever tests, nor from test to test.
-CACHE = Path(tempfile.mkdtemp(prefix="parallel-tune-tests-"))
+# A folder named by PARALLEL_TUNE_TEST_CACHE is kept: on GPUs it spares measuring their constants anew.
+CACHE = Path(os.environ.get("PARALLEL_TUNE_TEST_CACHE") or tempfile.mkdtemp(prefix="parallel-tune-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+if "PARALLEL_TUNE_TEST_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
