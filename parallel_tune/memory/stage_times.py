@@ -76,6 +76,7 @@ def kind_of(facts: ModelFacts, settings: TrainingSettings) -> str:
     return "; ".join([_version_of(settings.engine), shape, settings.compute_dtype, method, settings.cross_entropy])
 
 
+@functools.lru_cache(maxsize=4)
 def _version_of(engine: str) -> str:
     try:
         return f"{engine} {importlib.metadata.version(engine)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -95,7 +96,8 @@ def timed(estimating: Estimating, facts: ModelFacts, times: StageTimes, devices:
     """The same memory, with the seconds that runs on this machine measured."""
     if not times.keys:
         return estimating
-    return lambda settings: TimedEstimator(estimating, settings, facts, times, devices)
+    # A plan asks for the same settings again and again.
+    return functools.cache(lambda settings: TimedEstimator(estimating, settings, facts, times, devices))
 
 
 def sentences(
