@@ -127,9 +127,11 @@ def test_the_report_has_lanes_crossings_and_busy_shares(in_lanes: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_resumed_run_goes_on_in_lanes_with_the_same_bits(in_lanes: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_same_bits_in_more_lanes_too(in_lanes: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(in_lanes, again)
+    plan = json.loads((again / "plan.json").read_text())
+    (again / "plan.json").write_text(json.dumps({**plan, "lanes": 3}))
     shutil.rmtree(again / "adapter")
     for later in ("checkpoint-4", "checkpoint-5"):
         shutil.rmtree(again / later)
@@ -144,6 +146,7 @@ def test_a_resumed_run_goes_on_in_lanes_with_the_same_bits(in_lanes: Path, tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from checkpoint-2" in done.stdout
+    assert json.loads((again / "report.json").read_text())["lanes"] == 3
     rows = {step: rest for step, *rest in figures(in_lanes) if rest[0] is not None}
     assert {step: rest for step, *rest in figures(again) if rest[0] is not None} == rows
     assert same_weights(in_lanes, again)
@@ -240,7 +243,7 @@ def test_a_layer_a_stage_and_fewer_lanes_than_stages(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("pipeline", ["on", "off"])
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step(folder: Path, tmp_path: Path, pipeline: str) -> None:
-    options = ("--hardware", "cpu:2", "--max_steps", "9", "--learning_rate", "1e38", "--pipeline", pipeline)
+    options = ("--hardware", "cpu:2", "--max_steps", "9", "--learning_rate", "1e30", "--pipeline", pipeline)
     argv = command(folder, tmp_path / "run", *options)
     done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 1, done.stdout + done.stderr
