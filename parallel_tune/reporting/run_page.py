@@ -174,6 +174,7 @@ def _plan(run: RunFigures) -> Markup:
     )
     said = [[part.strip() for part in text.split("  ", 1)] for text in facts(plan)]
     said += [["why", reason] for reason in plan.reasons]
+    said += [["figures", source] for source in plan.basis]
     said += [["not taken", f"{rejection.strategy}: {rejection.reason}"] for rejection in plan.rejected]
     if plan.launch:
         said.append(["command", shlex.join(plan.launch)])
