@@ -123,11 +123,12 @@ def write(
     if timeline:
         write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
-    try:
-        machine.remember(plan, body, config, f"{run.path} {time.time():.0f}")
-    except Exception as error:  # a cache that cannot be written, a driver that does not answer
-        # A lesson lost; the run and its report stand.
-        print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
+    for remember in (machine.remember, machine.remember_stages):
+        try:
+            remember(plan, body, config, f"{run.path} {time.time():.0f}")
+        except Exception as error:  # a cache that cannot be written, a driver that does not answer
+            # A lesson lost; the run and its report stand.
+            print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
 
 
 def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:

@@ -28,13 +28,18 @@ _CHECKPOINTING_RANK: Mapping[Checkpointing, int] = {"none": 0, "unsloth": 1, "fu
 
 @dataclass(frozen=True)
 class Candidate:
-    """An arrangement on certain devices. `stages` are replicas, or the parts of a split in their order."""
+    """An arrangement on certain devices. `stages` are replicas, or the parts of a split in their order.
+
+    Attributes:
+        host_seconds: of issuing one micro-batch through all parts of a split.
+    """
 
     arrangement: Arrangement
     global_batch: int
     stages: tuple[Stage, ...]
     step_seconds: float
     sequence_length: int
+    host_seconds: float = 0.0
 
     @property
     def fits(self) -> bool:

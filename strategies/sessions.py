@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from strategies.contracts import Plan
+from strategies.recording import Recorded, TimedSchedule
 from strategies.visit import busy_shares
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class SplitSession:
         self._stages: Stages | None = None
         self._lanes: Lanes | None = None
         self._captured: StageCapture | None = None
+        self._recorded: Recorded | None = None
         if self._cuda:
             torch.cuda.set_device(0)
 
@@ -122,6 +124,7 @@ class SplitSession:
         from strategies.stage_capture import StageCapture
         from strategies.stage_graphs import StageGraphs
         from strategies.stages import split
+        from strategies.turns import Turns
 
         cuts = [device.layers[0] for device in self._plan.devices]
         self._stages = split(model, cuts, self._stage_devices())
@@ -131,13 +134,23 @@ class SplitSession:
                 lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
                 StageGraphs(self._stages.devices),
             )
+        # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
+        turns = Turns(self._stages, align_clocks=True)
         if self._plan.lanes > 1 or self._captured is not None:
-            # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
             self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True, captured=self._captured)
+        lanes = self._lanes
+
+        def schedule() -> TimedSchedule:
+            return turns if lanes is None or lanes.reason is not None else lanes
+
+        # Virtual devices are all the CPU, which has cores for so many stages at once.
+        places = list(self._plan.ordinals) if self._cuda else [0] * len(self._plan.devices)
+        at_once = 1.0 if self._cuda else max(1.0, len(os.sched_getaffinity(0)) / torch.get_num_threads())
+        self._recorded = Recorded(schedule, places, lambda inputs: int(inputs["input_ids"].numel()), at_once)
 
     @property
-    def schedule(self) -> Lanes | None:
-        return self._lanes
+    def schedule(self) -> Recorded | None:
+        return self._recorded
 
     def training_arguments(self) -> dict[str, Any]:
         return {"use_cpu": not self._cuda}
@@ -164,10 +177,12 @@ class SplitSession:
         }
         if self._captured is not None:
             found["captured"] = vars(self._captured.report).copy()
-        if self._lanes and (timeline := self._lanes.timeline()):
+        if self._recorded and (timeline := self._recorded.timeline()):
             shares = busy_shares(timeline, len(self._stages))
             found["stages"] = [{"busy_share": share} for share in shares]
             found["timeline"] = [vars(segment).copy() for segment in timeline]
+        if self._recorded and (measured := self._recorded.stage_seconds()):
+            found["stage_seconds"] = vars(measured).copy()
         return found
 
     def close(self) -> None:

@@ -72,6 +72,20 @@ class Clock:
         return float(self._zero[device].elapsed_time(mark)) / 1000
 
 
+Mark = float | torch.cuda.Event
+Marks = Sequence[tuple[int, int, str, Mark, Mark]]
+"""(stage, micro-batch, direction, start, end), in a clock's marks."""
+
+
+def as_segments(clock: Clock, devices: Sequence[torch.device], marks: Marks) -> list[Segment]:
+    """The schedule as it ran, by start; waits for the devices to finish it."""
+    result = []
+    for stage, micro_batch, direction, start, end in marks:
+        seconds = [clock.seconds(devices[stage], mark) for mark in (start, end)]
+        result.append(Segment(stage, micro_batch, direction, *seconds))
+    return sorted(result, key=lambda segment: segment.start)
+
+
 @dataclass
 class Course:
     """What the visits of one run share.
@@ -94,11 +108,7 @@ class Course:
 
     def segments(self) -> list[Segment]:
         """The schedule as it ran, by start; waits for the devices to finish it."""
-        result = []
-        for stage, micro_batch, direction, start, end in self.marks:
-            seconds = [self.clock.seconds(self.devices[stage], mark) for mark in (start, end)]
-            result.append(Segment(stage, micro_batch, direction, *seconds))
-        return sorted(result, key=lambda segment: segment.start)
+        return as_segments(self.clock, self.devices, self.marks)
 
 
 class Visit:

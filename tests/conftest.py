@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,20 @@ import pytest
 # Models are tiny and several tests start several processes: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What runs teach is kept for later plans: neither for those of whoever tests, nor from test to test.
+# A folder named by PARALLEL_TUNE_TEST_CACHE is kept: on GPUs it spares measuring their constants anew.
+CACHE = Path(os.environ.get("PARALLEL_TUNE_TEST_CACHE") or tempfile.mkdtemp(prefix="parallel-tune-tests-"))
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+if "PARALLEL_TUNE_TEST_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned() -> None:
+    """Each test plans as on a machine on which no split has run."""
+    shutil.rmtree(CACHE / "parallel-tune" / "stages", ignore_errors=True)
+
 
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""

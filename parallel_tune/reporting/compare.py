@@ -15,6 +15,7 @@ from parallel_tune.reporting.html import page, table, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, Point, line_chart
 from parallel_tune.reporting.pictures import MISSING, draw, have_matplotlib
 from parallel_tune.reporting.run_page import LOSS, STEP, points
+from parallel_tune.reporting.schedule import Schedule, draw_schedules, places_of, schedule_chart
 from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError
 
@@ -33,7 +34,7 @@ class Chart:
 
 
 def compare(paths: Sequence[Path], output: Path) -> None:
-    """Print the table, and write compare.html and compare.png.
+    """Print the table, and write compare.html, compare.png and, where splits are among the runs, schedule.png.
 
     Raises:
         ConfigError: a folder is no run, there are too many, or the output cannot be written.
@@ -50,10 +51,23 @@ def compare(paths: Sequence[Path], output: Path) -> None:
         write_atomically(html, render(runs, names, charts))
         if have_matplotlib():
             draw([(chart.frame, chart.curves) for chart in charts], png)
+            if schedules := schedules_of(runs, names):
+                draw_schedules(schedules, output / "schedule.png")
     except OSError as error:
         raise ConfigError(f"cannot write into {output}: {error.strerror}", "Choose another --output.") from error
     click.echo(f"\nwritten: {html}")
     click.echo(f"written: {png}" if have_matplotlib() else MISSING)
+    if have_matplotlib() and schedules_of(runs, names):
+        click.echo(f"written: {output / 'schedule.png'}")
+
+
+def schedules_of(runs: Sequence[RunFigures], names: Sequence[str]) -> list[Schedule]:
+    """The last step of each run that split its model."""
+    return [
+        Schedule(name, run.timeline, places_of(run.plan.devices))
+        for run, name in zip(runs, names, strict=True)
+        if run.timeline
+    ]
 
 
 def unique_names(runs: Sequence[RunFigures]) -> list[str]:
@@ -143,6 +157,7 @@ def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Ch
     """compare.html."""
     models = sorted({run.config.model.rstrip("/").rpartition("/")[2] for run in runs})
     rows = [row(run, name) for run, name in zip(runs, names, strict=True)]
+    schedules = schedules_of(runs, names)
     return page(
         f"{len(runs)} runs compared",
         tag("h1", f"{len(runs)} runs compared"),
@@ -151,4 +166,5 @@ def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Ch
         table(HEAD, rows, TEXT_COLUMNS),
         tag("h2", "Curves"),
         tag("div", *(line_chart(chart.frame, chart.curves) for chart in charts), class_="charts"),
+        *([tag("h2", "Schedules"), schedule_chart(schedules)] if schedules else []),
     )

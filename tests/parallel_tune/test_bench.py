@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,20 @@ def test_no_weights_are_left_and_pictures_are(done: Any) -> None:
     assert (done.run / "bench.png").read_bytes().startswith(b"\x89PNG")
     page = (done.run / "bench.html").read_text()
     assert page.count("<svg") == 2 and "model_parallel, lanes" in page
+
+
+def test_naive_and_lanes_are_drawn_on_one_axis(done: Any, results: dict[str, Any]) -> None:
+    shown = {arm["name"]: arm["schedule"] for arm in results["arms"]}
+    assert shown["single"] is None and shown["ddp"] is None
+    assert len(shown["naive"]["segments"]) == len(shown["lanes"]["segments"]) == 3 * GLOBAL_BATCH
+    serial = shown["naive"]["segments"]
+    assert all(one["end"] <= other["start"] for one, other in pairwise(serial))
+    page = (done.run / "bench.html").read_text()
+    assert page.count("time within the step (ms)") == 1
+    assert "model_parallel, naive: " in page and "model_parallel, lanes: " in page
+    assert (done.run / "schedule.png").stat().st_size > 5_000
+    for arm in results["arms"][2:]:
+        assert all(0 < device["busy_share"] <= 1 for device in arm["devices"])
 
 
 def test_what_cannot_run_is_listed_and_a_failed_reference_takes_nothing(bench: Any) -> None:
