@@ -117,6 +117,36 @@ def test_a_map_that_reading_cannot_see_is_refused_as_it_is_loaded(tmp_path: Path
     assert "went on" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        "from peft import AutoPeftModelForCausalLM\nAutoPeftModelForCausalLM.from_pretrained(sys.argv[2], **HOW)",
+        "from transformers import pipeline\npipeline('text-generation', model=sys.argv[1], **HOW)",
+        "import accelerate\naccelerate.load_checkpoint_and_dispatch(model(), sys.argv[1], **HOW)",
+        "import accelerate\naccelerate.dispatch_model(model(), {'model': 0, 'lm_head': 1})",
+        "from unsloth import FastLanguageModel as F\nF.from_pretrained(sys.argv[1], **HOW)",
+        "from transformers import AutoModelForCausalLM as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
+    ],
+)
+def test_the_guard_stands_at_every_door(tmp_path: Path, model: Path, load: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    imports, _, call = load.partition("\n")
+    (tmp_path / "train.py").write_text(
+        f"{imports}\nimport sys\nHOW = {{'device_' + 'map': 'auto'}}\n"
+        "def model():\n    import transformers\n"
+        "    return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        f"try:\n    {call.replace(chr(10), chr(10) + '    ')}\nexcept Exception:\n    raise\nprint('went on')\n"
+    )
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", model, tmp_path / "adapter")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert re.search(r"train.py:\d+: device_map=.* splits", done.stderr)
+    assert "went on" not in done.stdout
+
+
 def test_a_map_that_reading_sees_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("\n\nload('m', device_map='auto')\n")
     done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", "train.py")
