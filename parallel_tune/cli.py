@@ -132,9 +132,7 @@ def bench(
     bench(commands.read_config(config_file, given(options)), request)
 
 
-@program.command(
-    cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
-)
+@program.command(cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False})
 @some_train_options(
     "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "output_dir", "trace",
