@@ -116,17 +116,6 @@ def test_the_readmes_defaults_are_the_defaults() -> None:
     assert dict(rows) == {name: "" if defaults[name] is False else str(defaults[name]) for name, _ in rows}
 
 
-def test_every_option_is_named_in_a_test() -> None:
-    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in tests)
-    unnamed = [
-        item.name
-        for item in dataclasses.fields(TrainConfig)
-        if not any(re.search(rf"\b{name}\b", text) for name in (item.name, *item.metadata["aliases"]))
-    ]
-    assert unnamed == []
-
-
 SHELLS = {"bash": "complete ", "zsh": "#compdef parallel-tune", "fish": "complete "}
 
 
