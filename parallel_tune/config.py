@@ -24,6 +24,7 @@ SCHEDULES = (
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 """transformers' schedules that follow from the step alone; those that watch a metric would need it on every rank."""
+HARDWARE = "Strategy and hardware"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -144,15 +145,15 @@ class TrainConfig:
     hub_path: str | None = option(None, "Export", "Hub repository, e.g. me/my-model; made private if new.", aliases=("hub_model_id", "export_hub_model_id"))
     hub_token: str | None = option(None, "Export", "Token for the push, else HF_TOKEN or the stored login; kept out of every file.", aliases=("hf_token", "hf_hub_token"), secret=True)
 
-    strategy: str = option("auto", "Hardware", "ddp, model_parallel, an installed one, or auto.", basic=True)
-    hardware: str | None = option(None, "Hardware", "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
-    max_devices: int | None = option(None, "Hardware", "Use no more devices than this: the largest and fastest ones.")
-    device_map: str | None = option(None, "Hardware", "Ask for a split: balanced, auto, or a JSON file of module -> device.")
-    capture: str = option("auto", "Hardware", "Record a step once as a CUDA graph and replay it, under ddp: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
-    pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
-    lanes: int | None = option(None, "Hardware", "Micro-batches in flight at once in a split; as many as stages if left out.")
-    stages: int | None = option(None, "Hardware", "Split the model into so many parts; more than devices share them, to try a split out.")
-    ddp_timeout: int = option(1800, "Hardware", "Seconds before a collective that waits gives up.")
+    strategy: str = option("auto", HARDWARE, "ddp, model_parallel, an installed one, or auto.", basic=True)
+    hardware: str | None = option(None, HARDWARE, "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
+    max_devices: int | None = option(None, HARDWARE, "Use no more devices than this: the largest and fastest ones.")
+    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device.")
+    capture: str = option("auto", HARDWARE, "Record a step once as a CUDA graph and replay it, under ddp: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
+    pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
+    lanes: int | None = option(None, HARDWARE, "Micro-batches in flight at once in a split; as many as stages if left out.")
+    stages: int | None = option(None, HARDWARE, "Split the model into so many parts; more than devices share them, to try a split out.")
+    ddp_timeout: int = option(1800, HARDWARE, "Seconds before a collective that waits gives up.")
     # fmt: on
 
     def replace(self, **changes: Any) -> TrainConfig:
