@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +258,7 @@ def _coerce(item: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     name = item.name
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     synonyms = item.metadata["synonyms"]
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is None and "none" not in synonyms:
         if type(None) in get_args(hint):
             return None
