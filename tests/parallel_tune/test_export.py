@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import parallel_tune
+from parallel_tune import export as exporting
+from strategies.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CONVERTER = """
@@ -125,6 +127,26 @@ def test_gguf_goes_through_llama_cpp_or_is_refused(run: parallel_tune.Run, tmp_p
     done = export(run, tmp_path, *options, LLAMA_CPP_DIR=str(tmp_path / "cpp"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model-q8_0.gguf").read_text() == "q8_0"
+
+
+@pytest.mark.parametrize(
+    ("missing", "beside", "refused"),
+    [("sentencepiece", "gguf-py", True), ("gguf", "other", True), ("gguf", "gguf-py", False), ("none", "other", False)],
+)
+def test_what_the_converter_imports_is_asked_for_before_anything_is_trained(
+    missing: str, beside: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    (tmp_path / beside).mkdir()
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == missing else name)
+    wanted = exporting.Export("gguf", str(tmp_path / "out"))
+    if not refused:
+        assert exporting.check_means(wanted).converter == str(tmp_path / "convert_hf_to_gguf.py")
+        return
+    with pytest.raises(ConfigError, match=f"needs the package {missing}") as raised:
+        exporting.check_means(wanted)
+    assert "parallel-tune[gguf]" in raised.value.hint
 
 
 class Hub(BaseHTTPRequestHandler):
