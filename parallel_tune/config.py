@@ -130,7 +130,7 @@ class TrainConfig:
 
     output_dir: str | None = option(None, "Output", "Run directory; a new one under outputs/ if left out.", basic=True)
     run_name: str | None = option(None, "Output", "Name of the run for trackers.")
-    logging_steps: int | float = option(1, "Output", "A row of metrics every so many steps; below 1 a share of all steps.")
+    logging_steps: int | float = option(1, "Output", "A row of metrics every so many steps, below 1 a share of all steps; and at evaluations, checkpoints and the end.")
     save_strategy: str | None = option(None, "Output", "When to save checkpoints; steps where save_steps is given, best with load_best_model_at_end, else no.", choices=("no", "steps", "epoch", "best"), synonyms={"false": "no"})
     save_steps: int | float = option(0, "Output", "A checkpoint every so many steps, below 1 a share of all steps; 0 saves only the result.")
     save_total_limit: int | None = option(None, "Output", "Checkpoints to keep; the best one stays.")
