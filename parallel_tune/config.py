@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from parallel_tune import trackers, validation
+from parallel_tune.elsewhere import refuse_foreign
 from strategies.errors import ConfigError
 
 DEFAULT_MODEL = "unsloth/Llama-3.2-1B-Instruct"
@@ -243,6 +244,7 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
         for key, value in source.items():
             name = str(key).replace("-", "_")
             if name not in known:
+                refuse_foreign(name)
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {near[0]}?" if near else "parallel-tune --help-all lists the options."
                 raise ConfigError(f"unknown option {key!r}", hint)
@@ -259,6 +261,8 @@ def _coerce(item: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     synonyms = item.metadata["synonyms"]
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if type(None) in get_args(hint) and str not in kinds and str(value).lower() in ("none", "null"):
+        return None
     if value is None and "none" not in synonyms:
         if type(None) in get_args(hint):
             return None

@@ -11,6 +11,7 @@ import click
 
 from parallel_tune.completion import completer
 from parallel_tune.config import TrainConfig
+from parallel_tune.elsewhere import refuse_foreign
 
 TOKENS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
 LAST_GROUP = "Other"
@@ -88,6 +89,8 @@ class SettingsCommand(GroupedHelp):
             option = by_name.get("--" + word[2:].replace("-", "_")) if word.startswith("--") else None
             if option is not None and option.is_flag and rest and rest[0].lower() in TRUTH and option.secondary_opts:
                 word = option.opts[0] if TRUTH[rest.pop(0).lower()] else option.secondary_opts[0]
+            if option is None and word.startswith("--") and not ctx.resilient_parsing:
+                refuse_foreign(word[2:].partition("=")[0].replace("-", "_"))
             joined.append(word)
             if option is not None and option.several:
                 values = list(itertools.takewhile(lambda part: not part.startswith("-"), rest))
