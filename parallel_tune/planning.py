@@ -150,7 +150,7 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         gradient_checkpointing=modes[asked],
         tied_embeddings=facts.tied_embeddings,
         pipeline=config.pipeline != "off",
-        force_lanes=config.pipeline == "on",
+        force_lanes=config.pipeline == "on" or (config.lanes or 1) > 1,
         lanes=config.lanes,
         stages=config.stages,
         max_devices=config.max_devices,

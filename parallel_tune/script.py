@@ -72,9 +72,10 @@ def run_script(script: str, arguments: list[str], held: list[Any]) -> Outcome:
         return _outcome_of_exit(left.code)
     except BaseException as error:
         held.append(error)
-        traceback.print_exc()
+        trace = _trace_of(error, script)
+        print(trace, end="", file=sys.stderr)
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return Outcome(1, message, _line_of(error, script), traceback.format_exc())
+        return Outcome(1, message, _line_of(error, script), trace)
 
 
 def _outcome_of_exit(code: Any) -> Outcome:
@@ -84,6 +85,14 @@ def _outcome_of_exit(code: Any) -> Outcome:
         print(code, file=sys.stderr)
     # A script's numbers are its own and would be misread as ours.
     return Outcome(1, f"the script left with sys.exit({code!r})")
+
+
+def _trace_of(error: BaseException, script: str) -> str:
+    """The traceback as the script's own run would print it: from its first frame on."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename != script:
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(error), error, frame or error.__traceback__))
 
 
 def _line_of(error: BaseException, script: str) -> str:

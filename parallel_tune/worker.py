@@ -108,6 +108,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.data_part import describe_data
     from parallel_tune.gathering import choose_gathering
+    from parallel_tune.log_edges import LogAtEdges
     from parallel_tune.prediction import trained_rows
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.stopping import StopEarly, check_reached
@@ -153,7 +154,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early], gathering.gather,
+        engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early, LogAtEdges()], gathering.gather,
         first_epoch.tokens_at_once(plan.micro_batch),
     )  # fmt: skip
     startup.mark("prepare")
