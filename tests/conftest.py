@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -23,6 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 SENTENCE = "alpha beta gamma delta tree house light green river stone cloud music paper window garden"
 WORDS = SENTENCE.split()
@@ -271,6 +274,21 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(place / "installed"), str(source)]
     subprocess.run(pip, check=True, timeout=TIMEOUT_SECONDS)
     return place / "installed"
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of examples/benchmarks, and what it shares with the others."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 Install = Callable[..., dict[str, str]]
