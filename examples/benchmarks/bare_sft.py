@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
 
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.issued: list[float] = []
             self.first_step_at = 0.0
             self.losses: list[float] = []
 
@@ -75,6 +76,7 @@ def main(arguments: list[str]) -> None:
             self.ends.append(time.perf_counter())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.issued.append(time.perf_counter())
             if cuda:
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
@@ -142,6 +144,7 @@ def main(arguments: list[str]) -> None:
     if local_rank == 0:
         result = {
             "seconds": seconds,
+            "host_seconds": [end - start for start, end in zip(times.ends, times.issued, strict=False)],
             "tokens": [sum(step) for step in zip(*(each for each, _ in told), strict=True)],
             "samples": options.batch * options.accumulation * processes,
             "losses": times.losses,

@@ -4,10 +4,10 @@
     python examples/benchmarks/overhead.py --engines unsloth --repeat 3
     python examples/benchmarks/overhead.py --small                # a tiny model on the CPU
 
-Both train in turn, bare first. A step of ours is held against the bare script's step on the same rows; the figure is the
-median of these ratios over all steps after the first few. The first turn begins with empty caches and is the cold one of
-the time to the first step, which counts from the start of the command; the later ones are warm. Both losses are kept
-beside each other. Writes results/overhead.HARDWARE.json beside this file.
+Both train in turn, bare first. A step of ours is held against the bare script's step on the same rows; the figure is
+the median of these ratios over all steps after the first few. The first turn begins with empty caches and is the cold
+one of the time to the first step, which counts from the start of the command; the later ones are warm. Both losses are
+kept beside each other. Writes results/overhead.HARDWARE.json beside this file.
 """
 
 from __future__ import annotations
