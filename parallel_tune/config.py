@@ -152,6 +152,7 @@ class TrainConfig:
     pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
     lanes: int | None = option(None, "Hardware", "Micro-batches in flight at once in a split; as many as stages if left out.")
     stages: int | None = option(None, "Hardware", "Split the model into so many parts; more than devices share them, to try a split out.")
+    profile_steps: int = option(0, "Hardware", "Trace so many steady steps with torch's profiler into RUN/profile; 0 traces none.")
     ddp_timeout: int = option(1800, "Hardware", "Seconds before a collective that waits gives up.")
     # fmt: on
 

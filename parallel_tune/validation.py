@@ -19,7 +19,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "lora_dropout", "val_size", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
     "save_steps", "eval_steps", "seed", "random_state", "stride", "early_stopping_threshold", "adam_beta1",
-    "adam_beta2",
+    "adam_beta2", "profile_steps",
 )  # fmt: skip
 BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 COUNTS_OR_SHARES = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
