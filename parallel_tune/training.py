@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
+from accelerate.utils import DDPCommunicationHookType
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -85,6 +86,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if self.accelerator.ddp_handler is not None:
             # Gradients live in the buckets: no second copy of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+            if plan.reduce_dtype == "bfloat16":
+                self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 FLOP a parameter and token, as transformers counts; which counts all parameters in each micro-batch."""
