@@ -52,7 +52,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="short,full")
     parser.add_argument("--engines", default="unsloth,transformers")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a full row")
-    parser.add_argument("--steps", type=int, default=44, help="of our runs on short rows")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of our runs on short rows; 44, or 160 on several GPUs, whose sizes else differ by chance",
+    )
     parser.add_argument("--full_steps", type=int, default=20, help="of our runs on full rows")
     parser.add_argument("--reference_steps", type=int, default=14)
     parser.add_argument("--reference_optim", default="adamw_torch")
@@ -62,7 +66,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=420.0, help="after which nothing more is begun or goes on")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or (44 if options.gpus == 1 else 160)
+    return options
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,16 @@ class Benchmark:
             "startup_seconds": report["startup_seconds"],
             "losses": [row["loss"] for row in metrics],
             "captured": captured,
+            # What is computed: its own and what fills it up to a fixed size, which chance may make larger on one side.
+            "filled_tokens_per_second": self._filled(captured, len(metrics), processes, found["step_seconds"]),
             "replayed_share": captured.get("replayed_elements", 0) / captured["elements"] if captured else 0.0,
             "devices": report["devices"],
             "versions": report["versions"],
         }
+
+    @staticmethod
+    def _filled(captured: dict[str, Any], steps: int, processes: int, step_seconds: float) -> float | None:
+        return processes * captured["elements"] / steps / step_seconds if captured else None
 
     def _reference(self, name: str, work: Work) -> dict[str, Any]:
         options = self._options
@@ -238,6 +250,9 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
         if scaling:
             result[f"weak_scaling_{each}_{kind}"] = scaling / options.gpus
             result["weak_scaling"] = max(result["weak_scaling"] or 0.0, scaling / options.gpus)
+            filled = "filled_tokens_per_second"
+            computed = ratio(median(f"{each}-{kind}", filled), median(f"single-{each}-{kind}", filled))
+            result[f"weak_scaling_filled_{each}_{kind}"] = computed / options.gpus if computed else None
     return result
 
 

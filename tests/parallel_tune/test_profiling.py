@@ -15,6 +15,11 @@ from parallel_tune.profiling import FIRST_PROFILED, count
 from strategies.errors import ConfigError
 
 
+def when(event: dict[str, Any]) -> float:
+    """Where an event of a trace begins."""
+    return float(event["ts"])
+
+
 def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any, ddp_run: Any) -> None:
     run = tune("--strategy=ddp", "--hardware=cpu:2", "--profile_steps=3")
     assert run.losses == pytest.approx(ddp_run.losses, rel=1e-6)
@@ -24,9 +29,14 @@ def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any, ddp_
         assert counts["operations"] > 100 and counts["host_milliseconds"] > 0
         assert counts["kernels"] == counts["graph_launches"] == counts["device_milliseconds"] == 0
         with gzip.open(run.run / "profile" / f"rank-{rank}.trace.json.gz") as file:
-            names = [event.get("name") for event in json.load(file)["traceEvents"]]
+            events = sorted((event for event in json.load(file)["traceEvents"] if "ts" in event), key=when)
+        names = [str(event.get("name")) for event in events]
         # One optimizer step each, and what transformers does around it.
-        assert len([name for name in names if str(name).startswith("Optimizer.step#")]) == 3
+        assert len([name for name in names if name.startswith("Optimizer.step#")]) == 3
+        # The next step's rows are put together once a step's work is issued, and not before the next one can begin.
+        fetched = [number for number, name in enumerate(names) if "DataLoader" in name]
+        assert len(fetched) == 3 * run.plan["gradient_accumulation_steps"]
+        assert names.index("aten::mm") < fetched[0]
         assert "aten::mm" in (run.run / "profile" / f"rank-{rank}.txt").read_text()
     log = (run.run / "logs" / "rank-0.log").read_text()
     assert "3 steps profiled" in log
