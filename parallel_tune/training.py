@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
-from accelerate.utils import DDPCommunicationHookType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -26,6 +26,7 @@ from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
+from strategies.reduction import reduce_in_bfloat16
 
 
 class EpochDataLoader(DataLoader):  # type: ignore[type-arg]
@@ -42,6 +43,13 @@ class Arguments(SFTConfig):  # type: ignore[misc]
     def device(self) -> torch.device:
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+class InBfloat16(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Settings of DDP under which it sums gradients in bfloat16, on a CPU too."""
+
+    def register_comm_hook(self, model: Any) -> None:
+        model.register_comm_hook(None, reduce_in_bfloat16)
 
 
 class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
@@ -89,7 +97,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             # Gradients live in the buckets: no second copy of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             if plan.reduce_dtype == "bfloat16":
-                self.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
+                self.accelerator.ddp_handler = InBfloat16(**vars(self.accelerator.ddp_handler))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 FLOP a parameter and token, as transformers counts; which counts all parameters in each micro-batch."""
