@@ -33,10 +33,9 @@ def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any, ddp_
         names = [str(event.get("name")) for event in events]
         # One optimizer step each, and what transformers does around it.
         assert len([name for name in names if name.startswith("Optimizer.step#")]) == 3
-        # The next step's rows are put together once a step's work is issued, and not before the next one can begin.
-        fetched = [number for number, name in enumerate(names) if "DataLoader" in name]
-        assert len(fetched) == 3 * run.plan["gradient_accumulation_steps"]
-        assert names.index("aten::mm") < fetched[0]
+        # The next step's rows are put together when this one's work is issued, not when the next one should begin.
+        last = {part: max(n for n, name in enumerate(names) if part in name) for part in ("DataLoader", "aten::mm")}
+        assert last["aten::mm"] < last["DataLoader"]
         assert "aten::mm" in (run.run / "profile" / f"rank-{rank}.txt").read_text()
     log = (run.run / "logs" / "rank-0.log").read_text()
     assert "3 steps profiled" in log
