@@ -155,6 +155,8 @@ class TrainConfig:
     pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
     lanes: int | None = option(None, HARDWARE, "Micro-batches in flight at once in a split; as many as stages if left out.")
     stages: int | None = option(None, HARDWARE, "Split the model into so many parts; more than devices share them, to try a split out.")
+    profile_steps: int = option(0, HARDWARE, "Trace so many steady steps with torch's profiler into RUN/profile; 0 traces none.")
+    ddp_reduce_dtype: str = option("float32", HARDWARE, "In which ddp sends and sums gradients: bfloat16 halves what is sent, and rounds it.", choices=("float32", "bfloat16"), synonyms={"bf16": "bfloat16", "fp32": "float32"})
     ddp_timeout: int = option(1800, HARDWARE, "Seconds before a collective that waits gives up.")
     # fmt: on
 

@@ -102,4 +102,6 @@ class Options(TypedDict, total=False):
     pipeline: Literal["auto", "on", "off"] | bool
     lanes: int | None
     stages: int | None
+    profile_steps: int
+    ddp_reduce_dtype: Literal["float32", "bfloat16"]
     ddp_timeout: int

@@ -106,7 +106,14 @@ def _plan(
         estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
     known = rows is not None
-    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
+    plan = replace(
+        plan,
+        dtype=dtype,
+        reduce_dtype=config.ddp_reduce_dtype,
+        padding_free=padding.free,
+        padded_reason=padding.reason,
+        rows_known=known,
+    )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
     if config.device_map is not None:

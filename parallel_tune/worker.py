@@ -152,10 +152,15 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
+    profiled = []
+    if config.profile_steps:
+        from parallel_tune.profiling import ProfileSteps
+
+        profiled.append(ProfileSteps(run.profile, config.profile_steps, session))
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early, LogAtEdges()], gathering.gather,
-        first_epoch.tokens_at_once(plan.micro_batch),
+        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges()],
+        gathering.gather, first_epoch.tokens_at_once(plan.micro_batch),
     )  # fmt: skip
     startup.mark("prepare")
     results: dict[str, float] = {}

@@ -243,6 +243,7 @@ class Plan:
         device_map: module name -> device index; {"": "local_rank"} when each process holds a replica.
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
+        reduce_dtype: in which processes sum their gradients, "float32" (gradients' own) or "bfloat16".
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
         captured: forward and backward are recorded once for each size of micro-batch, and replayed.
         uncaptured_reason: why not; empty where they are, or where the strategy has no use for it.
@@ -267,6 +268,7 @@ class Plan:
     predicted_tokens_per_second: float
     lanes: int = 1
     dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
     padding_free: bool = False
     padded_reason: str = ""
     captured: bool = False

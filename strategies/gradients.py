@@ -21,11 +21,15 @@ class FlatGradients:
     Args:
         parameters: those that train.
         world_size: replicas over which gradients are averaged; they start from the first one's parameters.
+        reduce_dtype: in which they are sent and summed, where that is narrower than their own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], world_size: int = 1) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], world_size: int = 1, reduce_dtype: torch.dtype = torch.float32
+    ) -> None:
         self._parameters = list(parameters)
         self._world_size = world_size
+        self._reduce_dtype = reduce_dtype
         sizes: dict[_Kind, int] = {}
         for parameter in self._parameters:
             sizes[_kind(parameter)] = sizes.get(_kind(parameter), 0) + parameter.numel()
@@ -72,8 +76,14 @@ class FlatGradients:
         if self._world_size == 1:
             return
         for buffer in self._buffers.values():
-            dist.all_reduce(buffer)
-            buffer.div_(self._world_size)
+            if buffer.dtype.itemsize > self._reduce_dtype.itemsize:
+                # As DDP's hook of this name does: divided first, so that a sum is no larger than what it sums.
+                rounded = buffer.to(self._reduce_dtype).div_(self._world_size)
+                dist.all_reduce(rounded)
+                buffer.copy_(rounded)
+            else:
+                dist.all_reduce(buffer)
+                buffer.div_(self._world_size)
 
     def copy(self) -> list[Tensor]:
         """A copy of what the buffers hold."""

@@ -105,6 +105,7 @@ class Replay:
         parameters: gives those that train; asked at the first step, when a trainer has settled their dtype.
         recorder: what records.
         world_size: replicas that average their gradients.
+        reduce_dtype: in which they do.
     """
 
     sums_gradients = True
@@ -115,11 +116,13 @@ class Replay:
         device: torch.device,
         recorder: Recorder,
         world_size: int = 1,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = parameters
         self._device = device
         self._recorder = recorder
         self._world_size = world_size
+        self._reduce_dtype = reduce_dtype
         self._gradients: FlatGradients | None = None
         self._first: dict[Signature, dict[str, Tensor]] = {}
         self._recordings: dict[Signature, _Recording] = {}
@@ -146,7 +149,7 @@ class Replay:
         Every replica calls it with as many micro-batches. `key` is not used.
         """
         if self._gradients is None:
-            self._gradients = FlatGradients(self._parameters(), self._world_size)
+            self._gradients = FlatGradients(self._parameters(), self._world_size, self._reduce_dtype)
         self._gradients.begin()
         losses = [self._one(index, batch, forward, backward) for index, batch in enumerate(micro_batches)]
         self._gradients.average()

@@ -33,6 +33,9 @@ class ReplicaSession:
         if self.world_size != plan.processes:
             raise AssertionError(f"the plan has {plan.processes} processes, the launcher started {self.world_size}")
         self._captured = plan.captured
+        self._reduce_dtype: torch.dtype = getattr(torch, plan.reduce_dtype)
+        self._accumulates = plan.gradient_accumulation_steps > 1
+        self._static_graph = False
         self._replay: Replay | None = None
 
     @property
@@ -47,7 +50,9 @@ class ReplicaSession:
         return {"": self.local_rank if self._cuda else "cpu"}
 
     def place(self, model: Any) -> None:
-        """The whole model was loaded onto this process's device; only a captured step needs to know its parameters."""
+        """The whole model was loaded onto this process's device; a captured step needs to know its parameters."""
+        # torch's reducer (2.13) fails an assertion where a static graph's first pass is one of several of a step.
+        self._static_graph = not self._accumulates and not _may_leave_parts_out(model)
         if not self._captured:
             return
         from strategies.replay import CudaGraphs, Replay
@@ -57,10 +62,17 @@ class ReplicaSession:
             self.device,
             CudaGraphs(self.device),
             self.world_size,
+            self._reduce_dtype,
         )
 
     def training_arguments(self) -> dict[str, Any]:
-        return {"use_cpu": not self._cuda, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+        return {
+            "use_cpu": not self._cuda,
+            # transformers would search each pass for them under any adapter, and checkpoints then count twice.
+            "ddp_find_unused_parameters": False,
+            "ddp_static_graph": self._static_graph,
+            "ddp_broadcast_buffers": False,
+        }
 
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
@@ -87,6 +99,13 @@ class ReplicaSession:
 
     def close(self) -> None:
         """Nothing: tearing a process group down can abort or wait for ever; the process's end releases it."""
+
+
+def _may_leave_parts_out(model: Any) -> bool:
+    """Whether passes may differ in what they compute: tokens choose their experts, or layers are dropped at random."""
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "layerdrop")
+    return any(getattr(config, name, None) for name in names)
 
 
 class SplitSession:

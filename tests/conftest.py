@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import os
 import random
@@ -39,6 +40,8 @@ def nothing_learned() -> None:
 
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 SENTENCE = "alpha beta gamma delta tree house light green river stone cloud music paper window garden"
 WORDS = SENTENCE.split()
@@ -287,6 +290,22 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(place / "installed"), str(source)]
     subprocess.run(pip, check=True, timeout=TIMEOUT_SECONDS)
     return place / "installed"
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of examples/benchmarks, and what it shares with the others."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 Install = Callable[..., dict[str, str]]

@@ -194,6 +194,26 @@ def test_it_does_not_run_inside_a_launcher(bench: Any) -> None:
     assert not ended.run.exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--dataset=nowhere.jsonl", "nowhere.jsonl' is not there"),
+        ("--model=/nowhere", "nothing is known of model '/nowhere'"),
+        ("--strategies=", "--strategies names none"),
+        ("--reference=", "--reference is empty"),
+        ("--max_devices=0", "max_devices = 0"),
+    ],
+)
+def test_what_is_wrong_for_all_is_said_once(
+    wrong: str, said: str, bench: Any, tied_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    given = (f"--model={tied_model}", f"--dataset={rows_file}", f"--output_dir={tmp_path / 'out'}", "--hardware=cpu:2")
+    ended = bench.ended("bench", *given, wrong, base=False)
+    assert ended.code == 2
+    assert (ended.out + ended.err).count(said) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_what_is_compared() -> None:
     assert wanted_names(None, "auto") == ("single", "ddp", "naive", "lanes")
     assert wanted_names("model_parallel, single,lanes", "auto") == ("naive", "lanes", "single")

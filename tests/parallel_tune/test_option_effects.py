@@ -101,6 +101,8 @@ EFFECTS = {
     "lanes": "test_option_effects.py::test_the_plan_obeys",
     "stages": "test_option_effects.py::test_the_plan_obeys",
     "ddp_timeout": "test_options.py::test_a_rank_that_waits_gives_up_after_ddp_timeout",
+    "ddp_reduce_dtype": "test_ddp_settings.py::test_gradients_of_captured_steps_are_summed_in_the_dtype_asked_for",
+    "profile_steps": "test_profiling.py::test_steady_steps_are_traced_on_each_rank_and_change_nothing",
 }
 """Option -> the test that sees what it does."""
 
@@ -155,7 +157,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "hub_token": (*PUSHED, "--hub_token=hf_secret"), "strategy": ("--strategy=ddp",), "hardware": ("--hardware=cpu:2",),
     "max_devices": ("--max_devices=1",), "device_map": ("--device_map=balanced",), "capture": ("--capture=off",),
     "pipeline": ("--pipeline=off",), "lanes": ("--lanes=3",), "stages": ("--stages=4",),
-    "ddp_timeout": ("--ddp_timeout=60",),
+    "ddp_timeout": ("--ddp_timeout=60",), "ddp_reduce_dtype": ("--ddp_reduce_dtype=bf16",),
+    "profile_steps": ("--profile_steps=2",),
 }  # fmt: skip
 
 
