@@ -93,6 +93,7 @@ def test_figures_leave_out_what_was_in_view(module: Any) -> None:
         row("b", -0.03, engine="unsloth", captured=True),
         {"name": "c", "engine": "unsloth", "failed": "x", "ran_out_of_memory": True, "may_fail": False},
         {"name": "d", "engine": "unsloth", "failed": "x", "ran_out_of_memory": True, "may_fail": True},
+        row("two stages", 0.2, is_bound=True),
         {"name": "e", "engine": "unsloth", "failed": "x", "ran_out_of_memory": False},
     ]
     found = module("prediction_figures").figures(rows)
@@ -101,6 +102,7 @@ def test_figures_leave_out_what_was_in_view(module: Any) -> None:
     assert found["used_worst_error"] == pytest.approx(0.06)
     assert (found["false_fits"], found["failed"]) == (1, ["e"])
     assert found["refused_rows"] == found["refused_rows_that_ran_out_of_memory"] == 1
+    assert found["bounds"] == found["bounds_that_hold"] == 1
     assert found["captured"]["rows"] == found["in_view"]["rows"] == 1
 
 
