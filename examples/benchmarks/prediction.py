@@ -47,7 +47,7 @@ ROW_SECONDS = 240
 """After so long a row is given up."""
 USUAL_SECONDS = 25.0
 """How long a row is taken to last before the first one has shown it."""
-SETTLING_SECONDS = 20
+SETTLING_SECONDS = 3
 LEFT_OVER_BYTES = 64 << 20
 TAIL_CHARACTERS = 1500
 
@@ -154,12 +154,15 @@ def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str
 
 
 def wait_until_free(device: Device) -> None:
-    """Wait until the card is as free as it was at first: a process that has ended gives its memory back a bit later."""
-    ends = time.monotonic() + SETTLING_SECONDS
-    while time.monotonic() < ends:
-        now = probe_details(os.environ).hardware.devices[device.index]
-        if now.free_bytes >= device.free_bytes - LEFT_OVER_BYTES:
+    """Wait until the card is as free as it was at first, or is no longer getting freer: a process that has ended gives
+    its memory back a bit later."""
+    changed, last = time.monotonic(), 0
+    while time.monotonic() - changed < SETTLING_SECONDS:
+        free = probe_details(os.environ).hardware.devices[device.index].free_bytes
+        if free >= device.free_bytes - LEFT_OVER_BYTES:
             return
+        if free != last:
+            changed, last = time.monotonic(), free
         time.sleep(0.2)
 
 
@@ -201,6 +204,8 @@ def measure(options: argparse.Namespace) -> Path:
     # Early among the others: what they show is whether a plan can be relied upon.
     all_rows = [*ROWS[:10], *edge_rows(device), *ROWS[10:]]
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
+    failed = {row.get("name") for row in measured} - settled
+    todo.sort(key=lambda row: row.name in failed)  # those that failed come last
     options.work.mkdir(parents=True, exist_ok=True)
     with (options.work / f"{found.uuids[0]}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one row at a time on a card, whoever else gives this command
