@@ -9,7 +9,7 @@ HARDWARE := $(if $(GPU),,--hardware cpu:2)
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-gpu lint clean
 
 install: $(VENV)/.installed $(if $(GPU),$(VENV)/.unsloth)
 
@@ -34,6 +34,11 @@ lint: install
 
 test: install $(VENV)/.unsloth lint
 	$(BIN)/python -m pytest -m "not gpu" -n 2 $(PYTEST_ARGS)
+
+# Passed tests are noted and left out when it is called again; GPU_MINUTES bounds one call.
+GPU_MINUTES ?= 30
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests/gpu -n 4 --gpu-done outputs/gpu-tests.txt --gpu-minutes $(GPU_MINUTES) $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parallel_tune.api import Run, plan, tune
+    from parallel_tune.api import Run, describe, plan, tune
     from parallel_tune.script_placement import Placement, placement
 
 __version__ = "0.1.0"
-__all__ = ["Placement", "Run", "__version__", "placement", "plan", "tune"]
+__all__ = ["Placement", "Run", "__version__", "describe", "placement", "plan", "tune"]
 
 _HOMES = {
     "Placement": "script_placement",
     "Run": "api",
+    "describe": "api",
     "placement": "script_placement",
     "plan": "api",
     "tune": "api",

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import click
 
 from parallel_tune import planning, refusal, rundir
 from parallel_tune.commands import check_needs, start
-from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.config import DEFAULT_DATASET, DEFAULT_MODEL, TrainConfig, make_config
 from parallel_tune.decision import check_present, decide, find_hardware
+from parallel_tune.in_memory import dataset_path, model_name
+from parallel_tune.option_types import Options
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
 from strategies.contracts import Plan
 from strategies.errors import StrategiesCombined
+
+Dataset = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Sized
+"""A Hub id, a file or a folder; or rows in memory: a list of dicts, a `datasets.Dataset`, a pandas DataFrame."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,42 @@ class Run:
         return rundir.RunDir(self.path)
 
 
-def plan(**options: Any) -> Plan:
+def describe(plan: Plan) -> str:
+    """A plan as the command line shows it: devices and what fills them, batch, speed, and why."""
+    return render_plan(plan)
+
+
+def plan(
+    *,
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    dataset: Dataset = DEFAULT_DATASET,
+    strategy: str = "auto",
+    **options: Unpack[Options],
+) -> Plan:
     """What a run with these options would do; one that does not fit comes back with `fits` False and suggestions.
 
     Args:
-        options: settings under their command-line names, e.g. model="Qwen/Qwen3-8B", hardware="2xT4-16GB".
+        model: Hub id or local folder.
+        dataset: as `tune` takes it; its rows are not read here.
+        strategy: "ddp", "model_parallel", an installed one, or "auto".
+        options: settings under their command-line names, e.g. hardware="2xT4-16GB".
 
     Raises:
         ConfigError: a setting is unknown or wrong, or contradicts another.
         StrategiesCombined: ddp together with a device_map that splits.
     """
-    config = make_config(options)
+    config = make_config(_named(model, dataset), {**options, "strategy": strategy})
     refusal.check_settings(config.strategy, config.device_map)
     return decide(config, find_hardware(config))[0]
 
 
-def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **options: Any) -> Run:
+def tune(
+    *,
+    model: str | os.PathLike[str],
+    dataset: Dataset,
+    strategy: str = "auto",
+    **options: Unpack[Options],
+) -> Run:
     """Fine-tune on all GPUs of this machine and return the finished run.
 
     Training runs in processes of its own: this one may hold CUDA already, as a notebook's kernel does (what it holds
@@ -77,8 +103,9 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
 
     Args:
         model: Hub id or local folder.
-        dataset: Hub id, file or folder.
-        strategy: "ddp", "model_parallel" or "auto".
+        dataset: Hub id, file or folder; or rows in memory, which are written into the cache folder: a list of dicts,
+            a `datasets.Dataset`, a pandas DataFrame.
+        strategy: "ddp", "model_parallel", an installed one, or "auto".
         options: further settings under their command-line names, e.g. max_steps=60, load_in_4bit=True.
 
     Raises:
@@ -89,7 +116,7 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
         Stopped: it was interrupted; a checkpoint is on disk, and `parallel-tune resume` goes on from it.
     """
     began = time.monotonic()
-    config = make_config({**options, "model": str(model), "dataset": str(dataset), "strategy": strategy})
+    config = make_config({**_named(model, dataset), **options, "strategy": strategy})
     outer = refusal.find_launch(os.environ)
     refusal.check_settings(config.strategy, config.device_map, outer)
     if outer is not None and outer.world_size > 1:
@@ -107,3 +134,7 @@ def tune(*, model: str | Path, dataset: str | Path, strategy: str = "auto", **op
         click.echo(line)
     start(made, run, None, config.hub_token, began)
     return Run(run.path)
+
+
+def _named(model: object, dataset: object) -> dict[str, str]:
+    return {"model": model_name(model), "dataset": dataset_path(dataset)}

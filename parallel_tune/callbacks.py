@@ -21,7 +21,11 @@ from strategies.errors import RunFailed
 
 
 class MetricsWriter(TrainerCallback):  # type: ignore[misc]
-    """Writes a row a logging step from rank 0; tokens and samples are counted over all ranks."""
+    """Writes a row a logging step from rank 0; tokens and samples are counted over all ranks.
+
+    `host_seconds` of a row is the part of its `seconds` until the host had issued the steps' work; what is left it
+    waited for the device. Much less than `seconds` means that the device is what takes the time.
+    """
 
     def __init__(self, run: RunDir, batches: GlobalBatches, session: Session) -> None:
         self._run = run
@@ -29,6 +33,8 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._session = session
         self._last_step = 0
         self._last_time = 0.0
+        self._host_seconds = 0.0
+        self._issuing_since = 0.0
         self.tokens = 0
         self.samples = 0
         self.seconds = 0.0
@@ -43,7 +49,12 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
                 self.samples += row["samples"]
                 self.seconds += row["seconds"]
                 self.final_loss = row["loss"]
-        self._last_time = time.monotonic()
+        self._last_time = self._issuing_since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.monotonic()
+        self._host_seconds += now - self._issuing_since
+        self._issuing_since = now
 
     def on_log(
         self,
@@ -58,7 +69,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         elif logs and "eval_loss" in logs:
             self._write({"step": state.global_step, "epoch": state.epoch or 0.0, "eval_loss": logs["eval_loss"]})
             # Evaluation is no training time.
-            self._last_time = time.monotonic()
+            self._last_time = self._issuing_since = time.monotonic()
 
     def _training_row(self, state: TrainerState, logs: dict[str, float]) -> None:
         if not math.isfinite(logs["loss"]):
@@ -75,6 +86,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self.samples += samples
         self.seconds += seconds
         self.final_loss = logs["loss"]
+        host_seconds, self._host_seconds = self._host_seconds, 0.0
         self._last_step, self._last_time = state.global_step, now
         grad_norm = logs.get("grad_norm")
         self._write(
@@ -88,6 +100,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
                 "tokens": tokens,
                 "samples": samples,
                 "seconds": seconds,
+                "host_seconds": host_seconds,
                 "tokens_per_second": tokens / seconds if seconds > 0 else None,
                 "devices": [
                     {"index": index, "allocated_bytes": torch.cuda.max_memory_allocated(index)}
@@ -95,6 +108,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
                 ],
             }
         )
+        self._issuing_since = time.monotonic()
 
     def _own_devices(self) -> list[int]:
         """CUDA ordinals that this process computes on: its own under ddp, all visible ones of a split."""

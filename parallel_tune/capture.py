@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
 from parallel_tune.memory.facts import ModelFacts
@@ -33,6 +36,17 @@ def why_not_captured(
 def cannot_capture(reason: str) -> ConfigError:
     """What to raise where capturing was asked for and cannot be."""
     return ConfigError(f"--capture on: a step cannot be captured, since {reason}", "Use --capture auto or off.")
+
+
+def replayed(captured: Mapping[str, Any]) -> str:
+    """A line for the log: what of a run was replayed, and why no more.
+
+    Args:
+        captured: as in report.json, `strategies.replay.ReplayReport`.
+    """
+    share = captured["replayed_elements"] / captured["elements"] if captured["elements"] else 0.0
+    said = f"replayed {share:.1%} of all tokens, recording took {captured['capture_seconds']:.1f} s"
+    return said if captured["reason"] is None else f"{said}; steps are no longer captured, since {captured['reason']}"
 
 
 def _impossible(

@@ -16,8 +16,10 @@ from parallel_tune.options import (
     GroupedOption,
     SettingsCommand,
     given,
+    is_recipe,
     some_train_options,
     train_options,
+    write_groups,
 )
 from strategies.errors import ParallelTuneError
 
@@ -29,7 +31,7 @@ class Program(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
-        verb_less = not args or (args[0].startswith("-") and args[0] not in own)
+        verb_less = not args or (args[0].startswith("-") and args[0] not in own) or is_recipe(args[0])
         if ctx.resilient_parsing and not args:
             verb_less = False  # a shell completes the first word, which may become a verb
         return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if verb_less else args)
@@ -42,7 +44,9 @@ class Program(click.Group):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         train = self.commands[DEFAULT_COMMAND]
-        train.format_options(click.Context(train, info_name=ctx.info_name), formatter)
+        version = [parameter for parameter in self.params if parameter.name == "version"]
+        of_train = click.Context(train, info_name=ctx.info_name)
+        write_groups(of_train, [*train.get_params(of_train), *version], formatter)
         self.format_commands(ctx, formatter)
 
 
@@ -57,10 +61,10 @@ def program() -> None:
     """Fine-tune a language model with Unsloth on all the GPUs of this machine.
 
     \b
-    parallel-tune --strategy ddp                   a replica on each GPU
-    parallel-tune --strategy model_parallel        one model split over the GPUs
-    parallel-tune --strategy auto                  decided from model size and free memory
-    parallel-tune plan ...                         the decision and its numbers, nothing started
+    parallel-tune --strategy ddp              a replica on each GPU
+    parallel-tune --strategy model_parallel   one model split over the GPUs
+    parallel-tune --strategy auto             decided from model size and memory
+    parallel-tune plan                        the decision and its numbers only
     """
 
 
@@ -81,7 +85,9 @@ def train(config_file: str | None, print_config: bool, debug: bool, **options: A
     commands.train(config)
 
 
-@program.command(cls=SettingsCommand, context_settings=TOKENS)
+@program.command(
+    short_help="Show what a run would do, and start nothing.", cls=SettingsCommand, context_settings=TOKENS
+)
 @train_options
 @click.option("--json", "as_json", is_flag=True, default=False, cls=GroupedOption, help="Print one JSON object.")
 @click.option(
@@ -96,7 +102,7 @@ def plan(config_file: str | None, as_json: bool, measure: bool, debug: bool, **o
     commands.plan(commands.read_config(config_file, given(options)), as_json, measure)
 
 
-@program.command(cls=SettingsCommand, context_settings=TOKENS)
+@program.command(short_help="Compare the strategies on this machine.", cls=SettingsCommand, context_settings=TOKENS)
 @train_options
 @click.option("--steps", default=20, show_default=True, cls=GroupedOption, help="Optimizer steps of each run.")
 @click.option(
@@ -133,7 +139,9 @@ def bench(
 
 
 @program.command(
-    cls=GroupedHelp, context_settings={**TOKENS, "allow_interspersed_args": False, "ignore_unknown_options": True}
+    short_help="Run a training SCRIPT of yours under a strategy.",
+    cls=GroupedHelp,
+    context_settings={**TOKENS, "allow_interspersed_args": False},
 )
 @some_train_options(
     "strategy", "hardware", "max_seq_length", "load_in_4bit", "full_finetuning", "engine",
@@ -169,7 +177,7 @@ def resume(run: str, hub_token: str | None, debug: bool) -> None:
     commands.resume(Path(run), hub_token)
 
 
-@program.command(context_settings=TOKENS)
+@program.command(short_help="Write an adapter, a merged model or a GGUF file.", context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option(
     "--save_method",
@@ -214,7 +222,7 @@ def report(run: str, debug: bool) -> None:
     click.echo(str(write_page(Path(run))))
 
 
-@program.command(context_settings=TOKENS)
+@program.command(short_help="Show runs side by side: table, HTML and PNG.", context_settings=TOKENS)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False))
 @click.option(
     "--output", default="outputs/compare", show_default=True, type=click.Path(file_okay=False), help="Folder."
@@ -227,7 +235,7 @@ def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
     compare_runs([Path(run) for run in runs], Path(output))
 
 
-@program.command(context_settings=TOKENS)
+@program.command(short_help="Say what is here, and whether a run could start.", context_settings=TOKENS)
 @click.option("--json", "as_json", is_flag=True, default=False, help="Print one JSON object.")
 @click.option("--output_dir", default="outputs", show_default=True, type=click.Path(), help="Where runs shall lie.")
 @debug_option
@@ -243,7 +251,7 @@ def doctor(as_json: bool, output_dir: str, debug: bool) -> None:
         sys.exit(2)
 
 
-@program.command(context_settings=TOKENS)
+@program.command(short_help="Fine-tune a small real model on example data.", context_settings=TOKENS)
 @click.option("--strategy", default="auto", show_default=True, help="ddp, model_parallel or auto.")
 @click.option("--hardware", default=None, help="Devices, for example cpu:2.")
 @click.option("--model_dir", default=None, type=click.Path(), help="Where the demo's model is kept.")
@@ -256,7 +264,7 @@ def demo(strategy: str, hardware: str | None, model_dir: str | None, max_steps: 
     run_demo(strategy, hardware, Path(model_dir) if model_dir else None, max_steps)
 
 
-@program.command(context_settings=TOKENS)
+@program.command(short_help="Print what makes a shell complete options.", context_settings=TOKENS)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print what makes SHELL complete options: `eval "$(parallel-tune completion bash)"`."""

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from parallel_tune import trackers, validation
+from parallel_tune.elsewhere import refuse_foreign
 from strategies.errors import ConfigError
 
 DEFAULT_MODEL = "unsloth/Llama-3.2-1B-Instruct"
@@ -24,6 +26,7 @@ SCHEDULES = (
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 """transformers' schedules that follow from the step alone; those that watch a metric would need it on every rank."""
+HARDWARE = "Strategy and hardware"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -128,7 +131,7 @@ class TrainConfig:
 
     output_dir: str | None = option(None, "Output", "Run directory; a new one under outputs/ if left out.", basic=True)
     run_name: str | None = option(None, "Output", "Name of the run for trackers.")
-    logging_steps: int | float = option(1, "Output", "A row of metrics every so many steps; below 1 a share of all steps.")
+    logging_steps: int | float = option(1, "Output", "A row of metrics every so many steps, below 1 a share of all steps; and at evaluations, checkpoints and the end.")
     save_strategy: str | None = option(None, "Output", "When to save checkpoints; steps where save_steps is given, best with load_best_model_at_end, else no.", choices=("no", "steps", "epoch", "best"), synonyms={"false": "no"})
     save_steps: int | float = option(0, "Output", "A checkpoint every so many steps, below 1 a share of all steps; 0 saves only the result.")
     save_total_limit: int | None = option(None, "Output", "Checkpoints to keep; the best one stays.")
@@ -144,15 +147,17 @@ class TrainConfig:
     hub_path: str | None = option(None, "Export", "Hub repository, e.g. me/my-model; made private if new.", aliases=("hub_model_id", "export_hub_model_id"))
     hub_token: str | None = option(None, "Export", "Token for the push, else HF_TOKEN or the stored login; kept out of every file.", aliases=("hf_token", "hf_hub_token"), secret=True)
 
-    strategy: str = option("auto", "Hardware", "ddp, model_parallel, an installed one, or auto.", basic=True)
-    hardware: str | None = option(None, "Hardware", "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
-    max_devices: int | None = option(None, "Hardware", "Use no more devices than this: the largest and fastest ones.")
-    device_map: str | None = option(None, "Hardware", "Ask for a split: balanced, auto, or a JSON file of module -> device.")
-    capture: str = option("auto", "Hardware", "Record a step once as a CUDA graph and replay it, under ddp: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
-    pipeline: str = option("auto", "Hardware", "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
-    lanes: int | None = option(None, "Hardware", "Micro-batches in flight at once in a split; as many as stages if left out.")
-    stages: int | None = option(None, "Hardware", "Split the model into so many parts; more than devices share them, to try a split out.")
-    ddp_timeout: int = option(1800, "Hardware", "Seconds before a collective that waits gives up.")
+    strategy: str = option("auto", HARDWARE, "ddp, model_parallel, an installed one, or auto.", basic=True)
+    hardware: str | None = option(None, HARDWARE, "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
+    max_devices: int | None = option(None, HARDWARE, "Use no more devices than this: the largest and fastest ones.")
+    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device.")
+    capture: str = option("auto", HARDWARE, "Record a step once as CUDA graphs and replay it: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
+    pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
+    lanes: int | None = option(None, HARDWARE, "Micro-batches in flight at once in a split; as many as stages if left out.")
+    stages: int | None = option(None, HARDWARE, "Split the model into so many parts; more than devices share them, to try a split out.")
+    profile_steps: int = option(0, HARDWARE, "Trace so many steady steps with torch's profiler into RUN/profile; 0 traces none.")
+    ddp_reduce_dtype: str = option("float32", HARDWARE, "In which ddp sends and sums gradients: bfloat16 halves what is sent, and rounds it.", choices=("float32", "bfloat16"), synonyms={"bf16": "bfloat16", "fp32": "float32"})
+    ddp_timeout: int = option(1800, HARDWARE, "Seconds before a collective that waits gives up.")
     # fmt: on
 
     def replace(self, **changes: Any) -> TrainConfig:
@@ -241,6 +246,7 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
         for key, value in source.items():
             name = str(key).replace("-", "_")
             if name not in known:
+                refuse_foreign(name)
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"Did you mean {near[0]}?" if near else "parallel-tune --help-all lists the options."
                 raise ConfigError(f"unknown option {key!r}", hint)
@@ -256,6 +262,9 @@ def _coerce(item: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     name = item.name
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     synonyms = item.metadata["synonyms"]
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if type(None) in get_args(hint) and str not in kinds and str(value).lower() in ("none", "null"):
+        return None
     if value is None and "none" not in synonyms:
         if type(None) in get_args(hint):
             return None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from parallel_tune import planning, tracing
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
-from parallel_tune.known_rows import could_do_better, measure_rows
+from parallel_tune.known_rows import KnownRows, could_do_better, measure_rows
 from parallel_tune.launch import worker_argv
-from parallel_tune.machine import When, kind_of_run, know
+from parallel_tune.machine import Machine, When, kind_of_run, know
 from parallel_tune.memory.corrections import correct
-from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.facts import ModelFacts, facts_from_config
 from parallel_tune.memory.lookup import load_model_config
+from parallel_tune.memory.timed import TimedEstimator, sentences, timed
+from parallel_tune.planning import Estimating
+from parallel_tune.prediction import arrangement_of
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -43,12 +47,23 @@ def decide(
     tracing.refuse_unknown(config, facts)
     with tracing.process_for(config, facts, source) as process:
         facts = process.facts if process is not None else facts
-        estimating = tracing.estimating_for(process, facts, machine.measured)
-        estimating = planning.cautious(estimating, machine.corrections, tracing.counted_by(process, facts))
-        plan = planning.make_plan(config, facts, engine, hardware, registry, estimating)
+        counted_by = tracing.counted_by(process, facts)
+        formula = tracing.estimating_for(process, facts, machine.measured)
+        measured = timed(formula, facts, machine.stage_times, hardware.devices)
+
+        def planned(estimating: Estimating, rows: KnownRows | None) -> Plan:
+            careful = planning.cautious(estimating, machine.corrections, counted_by)
+            return planning.make_plan(config, facts, engine, hardware, registry, careful, rows)
+
+        rows = None
+        plan = planned(measured, rows)
         if with_data and _is_present(plan, hardware) and could_do_better(config, plan, len(hardware.devices)):
             rows = measure_rows(config)
-            plan = planning.make_plan(config, facts, engine, hardware, registry, estimating, rows)
+            plan = planned(measured, rows)
+        if measured is not formula and plan.fits:
+            plan = _with_stage_times(
+                plan, config, facts, machine, hardware, rows, formula, lambda: planned(formula, rows)
+            )
         if process is not None:
             plan = tracing.with_traces(plan, config, process)
     plan, learned = correct(plan, kind_of_run(config, plan), machine.corrections)
@@ -66,6 +81,25 @@ def decide(
             "`--hardware cpu:2` gives two virtual devices to try the strategies on."
         )
     return plan, lines
+
+
+def _with_stage_times(
+    plan: Plan,
+    config: TrainConfig,
+    facts: ModelFacts,
+    machine: Machine,
+    hardware: Hardware,
+    rows: KnownRows | None,
+    formula: Estimating,
+    by_formula: Callable[[], Plan],
+) -> Plan:
+    """The plan, which says what its seconds rest on where past runs have measured them."""
+    length = config.max_seq_length if rows is None else round(rows.cut(config.max_seq_length).mean)
+    settings = planning.training_settings(config, facts, plan.engine, plan.dtype, plan.padding_free)
+    settings = replace(settings, sequence_length=length)
+    estimator = TimedEstimator(formula, settings, facts, machine.stage_times, hardware.devices)
+    measured = sentences(plan, estimator, arrangement_of(plan), by_formula)
+    return replace(plan, basis=(*measured, *plan.basis))
 
 
 def check_present(plan: Plan, hardware: Hardware) -> None:

@@ -168,6 +168,8 @@ def summary(report: dict[str, Any], run: Path) -> str:
                 f"{device['index']:<8}{gib(predicted_used):>12}{gib(used):>12}{predicted_used / used - 1:>+9.1%}"
                 f"{gib(allocated):>12}{gib(predicted):>12}{predicted / allocated - 1:>+9.1%}"
             )
+    if (run / "profile").is_dir():
+        lines.append(f"profile: {run / 'profile'}")
     lines.append(f"result: {run / report['result']}")
     return "\n".join(lines)
 

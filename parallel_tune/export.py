@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -104,7 +105,7 @@ def check_means(wanted: Export) -> Export:
     """The same as far as it does not depend on the run's result, so that it can be asked before training.
 
     Raises:
-        ConfigError: the folder is taken, a GGUF type is unknown, or llama.cpp is not there.
+        ConfigError: the folder is taken, a GGUF type is unknown, or llama.cpp or what it needs is not there.
     """
     target = Path(wanted.save_path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -119,7 +120,9 @@ def check_means(wanted: Export) -> Export:
             f"Choose from {', '.join(GGUF_TYPES + SMALLER_GGUF_TYPES)}.",
         )
     smaller = any(name in SMALLER_GGUF_TYPES for name in wanted.quantizations)
-    return replace(wanted, converter=find_converter(), quantizer=find_quantizer() if smaller else None)
+    converter = find_converter()
+    check_converter(Path(converter))
+    return replace(wanted, converter=converter, quantizer=find_quantizer() if smaller else None)
 
 
 def find_converter() -> str:
@@ -139,6 +142,22 @@ def find_converter() -> str:
         f"--save_method gguf needs llama.cpp's {CONVERTER}, which is not in {', '.join(map(str, folders))} nor on PATH",
         "`git clone https://github.com/ggml-org/llama.cpp` here or set LLAMA_CPP_DIR; merged_16bit needs nothing more.",
     )
+
+
+def check_converter(converter: Path) -> None:
+    """Refuse a converter whose imports would fail, hours later.
+
+    Raises:
+        ConfigError: a package that it needs is not installed.
+    """
+    # llama.cpp has its own gguf package, which the script finds by itself.
+    bundled = {"gguf"} if any((converter.parent / name).is_dir() for name in ("gguf-py", "gguf")) else set()
+    for package in ("gguf", "sentencepiece"):
+        if package not in bundled and find_spec(package) is None:
+            raise ConfigError(
+                f"llama.cpp's {CONVERTER} needs the package {package}, which is not installed",
+                "`pip install 'parallel-tune[gguf]'` brings what it needs.",
+            )
 
 
 def find_quantizer() -> str:

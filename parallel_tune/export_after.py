@@ -38,6 +38,7 @@ def check_ahead(config: TrainConfig, run: Path | None = None) -> None:
     if wanted.hub_path is None:
         return
     from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -50,6 +51,8 @@ def check_ahead(config: TrainConfig, run: Path | None = None) -> None:
             f"the push to {wanted.hub_path} needs a token, and there is none",
             "Set HF_TOKEN, log in with `hf auth login`, or give --hub_token.",
         )
+    if HF_HUB_OFFLINE:
+        raise ConfigError(f"the push to {wanted.hub_path} needs the Hub, and HF_HUB_OFFLINE is set", "Unset it.")
 
 
 def export_result(run: RunDir, hub_token: str | None) -> None:

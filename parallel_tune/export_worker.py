@@ -6,6 +6,7 @@ python -m parallel_tune.export_worker RUN_DIRECTORY < {"wanted": ..., "card": ..
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -139,17 +140,19 @@ def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
         RunFailed: it did not write the file.
     """
     command = [sys.executable, converter, str(merged), "--outfile", str(file)]
-    _run_llama_cpp([*command, "--outtype", kind], file, "It needs the gguf and sentencepiece packages.")
+    _run_llama_cpp([*command, "--outtype", kind], file)
 
 
-def _run_llama_cpp(command: list[str], file: Path, needs: str = "") -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run_llama_cpp(command: list[str], file: Path) -> None:
+    # The converter imports what lies beside it, which our own processes must not.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise RunFailed(
             f"making {file.name} ended with code {done.returncode}: {last}",
-            f"{needs} The export log has the whole output of {shlex.join(command)}".strip(),
+            f"The export log has the whole output of {shlex.join(command)}",
         )
 
 

@@ -93,11 +93,12 @@ def fixed_sizes(batches: GlobalBatches, rows_in: Sequence[int], plan: Plan, step
     """
     tokens, most_rows = [], 1
     for step in range(min(steps, STEPS_LOOKED_AT)):
-        for rank in batches.micro_batches(step, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps):
-            for samples in rank:
-                tokens.append(max(DUMMY_TOKENS, sum(batches.lengths[sample] for sample in samples)))
-                most_rows = max(most_rows, sum(rows_in[sample] for sample in samples))
-    return choose_sizes(tokens, plan.processes), most_rows
+        ranks = batches.micro_batches(step, plan.processes, plan.micro_batch, plan.gradient_accumulation_steps)
+        for at_once in zip(*ranks, strict=True):
+            counts = [sum(batches.lengths[sample] for sample in samples) for samples in at_once]
+            tokens.append(max(DUMMY_TOKENS, *counts))
+            most_rows = max(most_rows, *(sum(rows_in[sample] for sample in samples) for samples in at_once))
+    return choose_sizes(tokens), most_rows
 
 
 def joined(pad_token_id: int, sizes: Sequence[int], most_rows: int) -> Gather:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from parallel_tune.capture import NO_ROOM, RECOMPUTED
 from parallel_tune.config import TrainConfig
+from parallel_tune.data.known_lengths import keep_lengths, lengths_file, read_lengths
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.sampler import GlobalBatches
 from strategies.base import Estimator
@@ -128,11 +129,14 @@ class RowsEstimator:
 
 
 def measure_rows(config: TrainConfig) -> KnownRows:
-    """Tokenise the training rows in a process of its own, so that this one stays light, and keep their lengths.
+    """The lengths of the training rows: kept ones, or measured in a process of its own, so that this one stays light.
 
     Raises:
         ConfigError: the dataset or the tokenizer cannot be read.
     """
+    kept = lengths_file(config)
+    if kept is not None and (known := read_lengths(kept)) is not None:
+        return KnownRows(*known)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "lengths.json"
         # It needs no GPU, and must leave none of their memory in use.
@@ -151,4 +155,7 @@ def measure_rows(config: TrainConfig) -> KnownRows:
         said = json.loads(found.read_text(encoding="utf-8"))
     if "message" in said:
         raise ConfigError(said["message"], said["hint"])
-    return KnownRows(said["lengths"], said["longest_held_out"])
+    known = said["lengths"], said["longest_held_out"]
+    if kept is not None and lengths_file(config) == kept:  # else the data have changed meanwhile
+        keep_lengths(kept, *known)
+    return KnownRows(*known)

@@ -118,6 +118,7 @@ class Watcher:
         self._spec = spec
         self._on_poll = on_poll
         self._signals = 0
+        self._signal = signal.SIGTERM
         self._forwarded = False
 
     @property
@@ -173,6 +174,7 @@ class Watcher:
         # A terminal that goes says so more than once; only a user's second word ends all at once.
         if number != signal.SIGHUP or not self._signals:
             self._signals += 1
+            self._signal = signal.Signals(number)
 
     def _show(self) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone; the run goes on
@@ -228,10 +230,14 @@ class Watcher:
             self._kill_all(process)
             return True
         for pid in pids.values():
-            _send(pid, signal.SIGTERM)
+            _send(pid, self._stop_signal())
         with contextlib.suppress(OSError):  # the terminal may be gone
             click.echo(self.stopping, err=True)
         return True
+
+    def _stop_signal(self) -> signal.Signals:
+        """What asks a worker to stop."""
+        return signal.SIGTERM
 
     def _kill_all(self, process: subprocess.Popen[bytes]) -> None:
         for pid in self._pids().values():

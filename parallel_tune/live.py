@@ -23,6 +23,7 @@ from strategies.contracts import DevicePlan, Plan
 
 GIB = 2**30
 SECONDS_BETWEEN_READINGS = 1.0
+LEAST_SPARK = 8
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -73,7 +74,8 @@ class LivePanel:
     def render(self) -> Group:
         """The panel as it stands."""
         # A terminal echoes ^C where the cursor is: on an empty last line it does not move the panel.
-        return Group(Text(headline(self._plan), style="bold"), *self._training(), self._devices(), Text(""))
+        head = Text(headline(self._plan), style="bold", no_wrap=True, overflow="ellipsis")
+        return Group(head, *self._training(), self._devices(), Text(""))
 
     def _training(self) -> list[Any]:
         progress = self._progress
@@ -89,11 +91,7 @@ class LivePanel:
             ProgressBar(total=progress.max_steps, completed=progress.step),
             f"epoch {progress.epoch:.2f}, {duration(progress.seconds_left)} left",
         )
-        loss = Text.assemble("loss ", (f"{progress.losses[-1]:.4f}", "bold"), f" {spark(progress.losses)}")
-        if progress.held_out is not None:
-            loss.append(f"   held out {progress.held_out:.4f}")
-        loss.append(f"   lr {progress.learning_rate:.2e}   {progress.tokens_per_second:,.0f} tok/s")
-        return [line, loss]
+        return [line, LossLine(progress)]
 
     def _devices(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
@@ -113,6 +111,24 @@ class LivePanel:
                 f"{reading.busy_share:.0%}" if reading else "-",
             )
         return table
+
+
+class LossLine:
+    """The loss, its course, and what stands beside it, in one line: the course and the lesser figures give way."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        progress = self._progress
+        loss = f"loss {progress.losses[-1]:.4f}"
+        held_out = [] if progress.held_out is None else [f"held out {progress.held_out:.4f}"]
+        parts = [*held_out, f"lr {progress.learning_rate:.2e}", f"{progress.tokens_per_second:,.0f} tok/s"]
+        while len(parts) > 1 and len(loss) + sum(len(part) + 3 for part in parts) + LEAST_SPARK > options.max_width:
+            parts.pop(-2)  # speed is told to the last
+        room = options.max_width - len(loss) - sum(len(part) + 3 for part in parts) - 1
+        course = spark(progress.losses, min(24, room)) if room > 0 else ""
+        yield Text.assemble("loss ", (loss.removeprefix("loss "), "bold"), " ", "   ".join([course, *parts]))
 
 
 class MemoryBar:

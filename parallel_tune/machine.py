@@ -12,12 +12,15 @@ import click
 from parallel_tune.config import TrainConfig
 from parallel_tune.gpus import known_gpu, plain
 from parallel_tune.hardware import probe_details
-from parallel_tune.memory import constants, corrections
+from parallel_tune.memory import constants, corrections, stage_times
 from parallel_tune.memory.constants import Measured, NotMeasured
 from parallel_tune.memory.corrections import Corrections
-from parallel_tune.memory.machine_key import MachineKey, machine_key
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.memory.machine_key import MachineKey, cpu_key, machine_key
 from parallel_tune.memory.settings import MachineConstants
+from parallel_tune.memory.stage_times import StageTimes
 from parallel_tune.nvml import MIB, driver_version, read_nvml
+from parallel_tune.planning import training_settings
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, RunFailed
 
@@ -32,6 +35,7 @@ class Machine:
 
     Attributes:
         keys: of each GPU model that is here, by the devices' names; empty for declared devices and for a CPU.
+        timed: likewise, with the CPU of this machine, which virtual devices are always of.
         measured: constants by the devices' names; a name that is missing has the built-in ones.
         said: for people, where the constants come from.
     """
@@ -39,6 +43,12 @@ class Machine:
     keys: Mapping[str, MachineKey] = field(default_factory=dict)
     measured: Mapping[str, MachineConstants] = field(default_factory=dict)
     said: tuple[str, ...] = ()
+    timed: Mapping[str, MachineKey] = field(default_factory=dict)
+
+    @property
+    def stage_times(self) -> StageTimes:
+        """What layers and heads took in past split runs on these devices."""
+        return StageTimes(self.timed)
 
     @property
     def corrections(self) -> Corrections:
@@ -66,7 +76,9 @@ def know(
         if when == "always":
             what = "the devices are declared" if hardware.declared else "there is no GPU here"
             raise ConfigError(f"--measure measures the GPUs of this machine, and {what}", "Leave --measure out.")
-        return Machine(said=_of_declared(hardware) if hardware.declared and hardware.kind == "cuda" else ())
+        if hardware.kind == "cpu":
+            return Machine(timed={device.name: cpu_key() for device in hardware.devices[:1]})
+        return Machine(said=_of_declared(hardware))
     driver = driver_version()
     keys = {device.name: machine_key(device.name, driver) for device in hardware.devices}
     found: dict[str, Measured] = {}
@@ -84,7 +96,7 @@ def know(
         if known is not None:
             found[name] = known
         said.append(_sentence(name, known))
-    return Machine(keys, {name: measured.constants for name, measured in found.items()}, tuple(said))
+    return Machine(keys, {name: measured.constants for name, measured in found.items()}, tuple(said), keys)
 
 
 def remember(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: str) -> None:
@@ -101,6 +113,27 @@ def remember(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: st
     here = {card.name for card in read_nvml()} if rows else set()
     for name in here.intersection(rows):
         corrections.remember(machine_key(name, driver_version()), rows[name])
+
+
+def remember_stages(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: str) -> None:
+    """Keep what the stages of a finished split took, for later plans on this machine.
+
+    Raises:
+        OSError: the cache cannot be written.
+        ConfigError: the model's config is gone.
+    """
+    if "stage_seconds" not in report:
+        return
+    facts = load_model_facts(config.model)
+    settings = training_settings(config, facts, plan.engine, plan.dtype, plan.padding_free)
+    rows = stage_times.rows_of(report, plan, stage_times.kind_of(facts, settings), run)
+    if plan.devices[0].kind == "cpu":
+        keys = {name: cpu_key() for name in rows}
+    else:
+        here = {card.name for card in read_nvml()} if rows else set()
+        keys = {name: machine_key(name, driver_version()) for name in here.intersection(rows)}
+    for name, key in keys.items():
+        stage_times.remember(key, rows[name])
 
 
 def kind_of_run(config: TrainConfig, plan: Plan) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_type_hints
 
 import click
 
+from parallel_tune.completion import completer
 from parallel_tune.config import TrainConfig
+from parallel_tune.elsewhere import refuse_foreign
 
 TOKENS = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["--help", "-h"]}
 LAST_GROUP = "Other"
+FIRST_GROUP = "Strategy and hardware"
+LONGEST_METAVAR = 50
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -28,12 +32,16 @@ class GroupedOption(click.Option):
         self.several = several
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """As click's, under the option's own name: the other names that it takes would drown it."""
+        """As click's, under the option's own name alone: the other names that it takes would drown it."""
         record = super().get_help_record(ctx)
-        if record is None or len(self.opts) == 1 or self.name is None or f"--{self.name}" not in self.opts:
+        if record is None or self.name is None or f"--{self.name}" not in self.opts:
             return record
-        ending = "".join(f" / {name}" for name in self.secondary_opts) if self.is_flag else f" {self.make_metavar(ctx)}"
-        return f"--{self.name}{ending}", record[1]
+        if self.is_flag:
+            return f"--{self.name}", record[1]
+        metavar, text = self.make_metavar(ctx), record[1]
+        if isinstance(self.type, click.Choice) and len(metavar) > LONGEST_METAVAR:
+            metavar, text = "NAME", f"{text}  One of {', '.join(self.type.choices)}."
+        return f"--{self.name} {metavar}", text
 
 
 class Words(click.Choice):  # type: ignore[type-arg]
@@ -52,15 +60,20 @@ class GroupedHelp(click.Command):
     """A command whose help shows the basic options, or all of them under `--help-all`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        everything = bool(ctx.meta.get("help_all"))
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record and (everything or getattr(parameter, "basic", True)):
-                groups.setdefault(getattr(parameter, "group", LAST_GROUP), []).append(record)
-        for name, records in sorted(groups.items(), key=lambda group: group[0] == LAST_GROUP):
-            with formatter.section(name):
-                formatter.write_dl(records)
+        write_groups(ctx, self.get_params(ctx), formatter)
+
+
+def write_groups(ctx: click.Context, parameters: Iterable[click.Parameter], formatter: click.HelpFormatter) -> None:
+    """Options by their groups; a positional argument is in the usage line already."""
+    everything = bool(ctx.meta.get("help_all"))
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in parameters:
+        record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+        if record and (everything or getattr(parameter, "basic", True)):
+            groups.setdefault(getattr(parameter, "group", LAST_GROUP), []).append(record)
+    for name, records in sorted(groups.items(), key=lambda group: (group[0] == LAST_GROUP, group[0] != FIRST_GROUP)):
+        with formatter.section(name):
+            formatter.write_dl(records)
 
 
 class SettingsCommand(GroupedHelp):
@@ -70,12 +83,14 @@ class SettingsCommand(GroupedHelp):
         """Bring such words into click's form first."""
         by_name = {name: item for item in self.params if isinstance(item, GroupedOption) for name in item.opts}
         joined: list[str] = []
-        rest = list(args)
+        rest = ["--config", *args] if args and is_recipe(args[0]) else list(args)
         while rest:
             word = rest.pop(0)
             option = by_name.get("--" + word[2:].replace("-", "_")) if word.startswith("--") else None
             if option is not None and option.is_flag and rest and rest[0].lower() in TRUTH and option.secondary_opts:
                 word = option.opts[0] if TRUTH[rest.pop(0).lower()] else option.secondary_opts[0]
+            if option is None and word.startswith("--") and not ctx.resilient_parsing:
+                refuse_foreign(word[2:].partition("=")[0].replace("-", "_"))
             joined.append(word)
             if option is not None and option.several:
                 values = list(itertools.takewhile(lambda part: not part.startswith("-"), rest))
@@ -84,6 +99,11 @@ class SettingsCommand(GroupedHelp):
                     raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
                 joined += [",".join(values)] if values else []
         return super().parse_args(ctx, joined)
+
+
+def is_recipe(word: str) -> bool:
+    """Whether a word without an option before it names a recipe."""
+    return not word.startswith("-") and word.endswith((".yaml", ".yml"))
 
 
 def show_all_help(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -105,7 +125,7 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
     return click.option(
         "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=show_all_help, cls=GroupedOption,
-        help="Show every option.",
+        help="Show every option. A switch --NAME also has --no_NAME.",
     )(command)  # fmt: skip
 
 
@@ -124,7 +144,12 @@ def some_train_options(*names: str) -> Callable[[Callable[..., Any]], Callable[.
 
 def _option(item: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     default = default_of(item)
-    shown = "" if default is None or isinstance(default, bool) else f"  [default: {default}]"
+    if default is True:
+        shown = f"  [default: on; --no_{item.name} is off]"
+    elif default is None or default is False:
+        shown = ""
+    else:
+        shown = f"  [default: {str(default).replace(',', ', ')}]"
     kind = next((kind for kind in get_args(hint) if kind is not type(None)), hint)
     names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
     common: dict[str, Any] = {
@@ -133,6 +158,7 @@ def _option(item: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., 
         "group": item.metadata["group"],
         "basic": item.metadata["basic"],
         "help": item.metadata["help"] + shown,
+        "shell_complete": None if item.metadata["choices"] else completer(item.name),
     }
     if kind is bool:
         names[0] = f"--{item.name}/--no_{item.name}"

@@ -166,7 +166,7 @@ def facts(plan: Plan) -> Iterable[str]:
         yield f"padding        rows are padded to the longest of their micro-batch{why}"
     if plan.captured:
         yield "steps          captured as CUDA graphs, one for each size of micro-batch, and replayed"
-    elif plan.processes > 1 and plan.devices[0].kind == "cuda":
+    elif len(plan.devices) > 1 and plan.devices[0].kind == "cuda":
         yield f"steps          not captured: {plan.uncaptured_reason}"
     traced = [device for device in plan.devices if device.traced_allocated_bytes is not None]
     if traced:

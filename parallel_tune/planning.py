@@ -106,7 +106,14 @@ def _plan(
         estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
     known = rows is not None
-    plan = replace(plan, dtype=dtype, padding_free=padding.free, padded_reason=padding.reason, rows_known=known)
+    plan = replace(
+        plan,
+        dtype=dtype,
+        reduce_dtype=config.ddp_reduce_dtype,
+        padding_free=padding.free,
+        padded_reason=padding.reason,
+        rows_known=known,
+    )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
     if config.device_map is not None:
@@ -116,16 +123,13 @@ def _plan(
 
 
 def _uncaptured(plan: Plan, known: str) -> str:
-    none = f"{plan.strategy} has no captured step"
-    if len(plan.devices) > 1 and plan.processes == 1:
-        return none
     if known:
         return known
     if plan.gradient_checkpointing != "none":
         return RECOMPUTED
-    if plan.strategy == "ddp":
+    if plan.strategy in ("ddp", "model_parallel"):
         return NO_ROOM
-    return none
+    return f"{plan.strategy} has no captured step"
 
 
 def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Workload:
@@ -153,7 +157,7 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         gradient_checkpointing=modes[asked],
         tied_embeddings=facts.tied_embeddings,
         pipeline=config.pipeline != "off",
-        force_lanes=config.pipeline == "on",
+        force_lanes=config.pipeline == "on" or (config.lanes or 1) > 1,
         lanes=config.lanes,
         stages=config.stages,
         max_devices=config.max_devices,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel_tune import machine
+from parallel_tune.capture import replayed
 from parallel_tune.config import TrainConfig
 from parallel_tune.prediction import TrainedRows
 from parallel_tune.rundir import RunDir, write_atomically
@@ -72,6 +73,8 @@ def write(
     by_strategy = session.report()
     stages = by_strategy.pop("stages", None) or [{}] * len(plan.devices)
     timeline = by_strategy.pop("timeline", None)
+    if "captured" in by_strategy:
+        print(replayed(by_strategy["captured"]))
     note: dict[str, str] = {}
     try:
         predictions = predict_for_rows(config, plan, rows)
@@ -120,11 +123,12 @@ def write(
     if timeline:
         write_atomically(run.timeline, json.dumps({"step": steps, "segments": timeline}, indent=1))
     write_atomically(run.report, json.dumps(body, indent=2))
-    try:
-        machine.remember(plan, body, config, f"{run.path} {time.time():.0f}")
-    except Exception as error:  # a cache that cannot be written, a driver that does not answer
-        # A lesson lost; the run and its report stand.
-        print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
+    for remember in (machine.remember, machine.remember_stages):
+        try:
+            remember(plan, body, config, f"{run.path} {time.time():.0f}")
+        except Exception as error:  # a cache that cannot be written, a driver that does not answer
+            # A lesson lost; the run and its report stand.
+            print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
 
 
 def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:

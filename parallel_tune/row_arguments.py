@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,21 +14,49 @@ from parallel_tune.data import boundary_arguments
 from parallel_tune.row_attention import KeepToRows
 
 
+class _ReturnedLogits:
+    """An environment variable that holds for the whole process, while any thread has entered this."""
+
+    def __init__(self, variable: str) -> None:
+        self._variable = variable
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._before: str | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._entered == 0:
+                self._before = os.environ.get(self._variable)
+                os.environ[self._variable] = "1"
+            self._entered += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._entered -= 1
+            if self._entered == 0 and self._before is None:
+                del os.environ[self._variable]
+            elif self._entered == 0:
+                os.environ[self._variable] = str(self._before)
+
+
+_returned_logits = _ReturnedLogits("UNSLOTH_RETURN_LOGITS")
+BOUNDARIES = "cu_seq_lens"
+
+
 @contextmanager
-def _unsloth_at_a_fixed_size(bounds: torch.Tensor, tokens: int) -> Iterator[None]:
+def _unsloth_at_a_fixed_size(bounds: Sequence[torch.Tensor], tokens: int) -> Iterator[None]:
     """Unsloth's attention within rows, and its loss from logits: the fused one gathers the learned tokens first, whose
     number it has to read from the GPU."""
-    variable = "UNSLOTH_RETURN_LOGITS"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with KeepToRows(bounds, tokens):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+    with _returned_logits, KeepToRows(bounds, tokens):
+        yield
+
+
+def with_boundaries_on(batch: Mapping[str, Any], devices: Sequence[torch.device]) -> dict[str, Any]:
+    """A micro-batch at a fixed size with its row boundaries on each of the devices: a captured stage must not copy."""
+    if BOUNDARIES not in batch:
+        return dict(batch)
+    more = {f"{BOUNDARIES}.{device}": batch[BOUNDARIES].to(device, non_blocking=True) for device in devices[1:]}
+    return {**batch, **more}
 
 
 def model_arguments(batch: Mapping[str, Any], engine: str) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
@@ -40,9 +69,10 @@ def model_arguments(batch: Mapping[str, Any], engine: str) -> tuple[dict[str, An
     if "row_lengths" in arguments:
         lengths = arguments.pop("row_lengths")
         return arguments | boundary_arguments(lengths, engine, arguments["input_ids"].device), nullcontext()
-    if "cu_seq_lens" not in arguments:
+    if BOUNDARIES not in arguments:
         return arguments, nullcontext()
-    bounds = arguments.pop("cu_seq_lens")
+    bounds = arguments.pop(BOUNDARIES)
+    elsewhere = [arguments.pop(name) for name in list(arguments) if name.startswith(f"{BOUNDARIES}.")]
     tokens = int(arguments["input_ids"].shape[1])
     arguments["use_cache"] = False
     if engine == "unsloth":
@@ -50,6 +80,6 @@ def model_arguments(batch: Mapping[str, Any], engine: str) -> tuple[dict[str, An
         arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
         # Present, and so not cut to the longest row's length; None, and so not looked at.
         arguments["packed_seq_lengths"] = None
-        return arguments, _unsloth_at_a_fixed_size(bounds, tokens)
+        return arguments, _unsloth_at_a_fixed_size([bounds, *elsewhere], tokens)
     arguments |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": tokens, "max_length_k": tokens}
     return arguments, nullcontext()

@@ -85,13 +85,15 @@ class KeepToRows(TorchFunctionMode):
     """While it is entered, causal attention over all tokens keeps to rows: for models that call torch's own.
 
     Args:
-        bounds: int32 [rows + 1], where rows begin and end; nothing of it is read on the host.
+        bounds: int32 [rows + 1], where rows begin and end; nothing of it is read on the host. One for each device that
+            attends; what is missing is copied there.
         longest: no row is longer.
     """
 
-    def __init__(self, bounds: Tensor, longest: int) -> None:
+    def __init__(self, bounds: Sequence[Tensor], longest: int) -> None:
         super().__init__()
-        self._bounds, self._longest = bounds, longest
+        self._bounds = {each.device: each for each in bounds}
+        self._longest = longest
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +104,9 @@ class KeepToRows(TorchFunctionMode):
         if call.get("attn_mask") is not None or not call.get("is_causal") or call.get("dropout_p"):
             raise NotImplementedError("attention with a mask of its own, or with dropout, cannot be kept to rows")
         query, key, value = (call[name] for name in names[:3])
-        joined = _varlen(query, key, value, call.get("scale"), None, self._bounds, self._longest)
+        if query.device not in self._bounds:
+            self._bounds[query.device] = next(iter(self._bounds.values())).to(query.device)
+        joined = _varlen(query, key, value, call.get("scale"), None, self._bounds[query.device], self._longest)
         return joined.transpose(1, 2)
 
 

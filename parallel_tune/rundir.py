@@ -50,6 +50,10 @@ class RunDir:
         return self.path / "timeline.json"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -13,6 +13,7 @@ import runpy
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,12 +32,21 @@ def main(arguments: list[str]) -> NoReturn:
     logs, rank = Path(arguments[0]) / "logs", int(os.environ.get("RANK", "0"))
     redirect_output(log_file(logs, rank))
     write_atomically(process_id_file(logs, rank), str(os.getpid()))
+    take_device(os.environ)
     held: list[Any] = []
     outcome = run_script(arguments[1], arguments[2:], held)
     save(outcome_file(logs, rank), outcome)
     # What follows is the interpreter's exit without its end, in which a process group's threads can abort.
     atexit._run_exitfuncs()
     leave(outcome.code)
+
+
+def take_device(environ: Mapping[str, str]) -> None:
+    """Make this rank's GPU the current one: what the script imports, Unsloth above all, uses the first until then."""
+    if int(environ.get("WORLD_SIZE", "1")) > 1 and environ.get("CUDA_VISIBLE_DEVICES"):
+        import torch
+
+        torch.cuda.set_device(int(environ["LOCAL_RANK"]))
 
 
 def run_script(script: str, arguments: list[str], held: list[Any]) -> Outcome:
@@ -62,9 +72,10 @@ def run_script(script: str, arguments: list[str], held: list[Any]) -> Outcome:
         return _outcome_of_exit(left.code)
     except BaseException as error:
         held.append(error)
-        traceback.print_exc()
+        trace = _trace_of(error, script)
+        print(trace, end="", file=sys.stderr)
         message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return Outcome(1, message, _line_of(error, script), traceback.format_exc())
+        return Outcome(1, message, _line_of(error, script), trace)
 
 
 def _outcome_of_exit(code: Any) -> Outcome:
@@ -74,6 +85,14 @@ def _outcome_of_exit(code: Any) -> Outcome:
         print(code, file=sys.stderr)
     # A script's numbers are its own and would be misread as ours.
     return Outcome(1, f"the script left with sys.exit({code!r})")
+
+
+def _trace_of(error: BaseException, script: str) -> str:
+    """The traceback as the script's own run would print it: from its first frame on."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename != script:
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(error), error, frame or error.__traceback__))
 
 
 def _line_of(error: BaseException, script: str) -> str:

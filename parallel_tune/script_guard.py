@@ -1,8 +1,8 @@
 """The guard in a user's script: what reading the script could not see is seen when it loads a model.
 
-Whoever loads a model does so through transformers' `PreTrainedModel.from_pretrained` or Unsloth's loaders. These are
-wrapped as soon as the script imports them; nothing is imported for the script's sake, since Unsloth must come first.
-No `strategies` here: the script may have its own.
+Whoever loads a model does so through transformers' `PreTrainedModel.from_pretrained`, Unsloth's loaders or accelerate's
+dispatch. These are wrapped as soon as the script imports them; nothing is imported for the script's sake, since Unsloth
+must come first. No `strategies` here: the script may have its own.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 LOADERS = {
     "transformers.modeling_utils": ("PreTrainedModel",),
     "unsloth.models.loader": ("FastLanguageModel", "FastModel"),
+    "unsloth_zoo.cpu.loader": ("FastCPUModel",),
 }
 """Module -> its classes with a `from_pretrained` that takes a device_map."""
+DISPATCHERS = {"accelerate.big_modeling": ("dispatch_model", "load_checkpoint_and_dispatch")}
+"""Module -> its functions that lay a model over the devices of a device_map."""
 
 COMBINED = 4
 """The exit code of strategies that may not be combined."""
 
 LOADING = ("transformers", "torch", "parallel_tune")
 LIBRARIES = (*LOADING, "unsloth", "unsloth_zoo", "trl", "peft", "accelerate")
+SPLIT_BY_DEFAULT = ("unsloth", "unsloth_zoo", "trl")
+"""Libraries that ask for a split where the script says nothing."""
 
 
 class Refused(SystemExit):
@@ -62,14 +67,31 @@ def choose_map(asked: Any, model: str, where: str, placement: Placement, planned
         return _split_map(asked, model, where, placement.device_map, planned_model)
     if asked is None:
         return placement.device_map
-    if splits(asked):
+    _refuse_split(asked, where, placement)
+    if placement.device_map is not None and _gpu(asked) not in (None, placement.local_rank):
+        print(
+            f"parallel-tune: {where}: this process has GPU {placement.local_rank}, so device_map={asked!r} gives way."
+        )
+        return dict(placement.device_map)
+    return asked
+
+
+def _refuse_split(asked: Any, where: str, placement: Placement) -> None:
+    if placement.strategy not in ("model_parallel", "none") and splits(asked):
         raise Refused(
             f"{where}: device_map={shown(asked)} splits one model over several devices, and --strategy "
             f"{placement.strategy} puts a whole replica on each. They cannot be combined.",
             "Leave out device_map to replicate (each process gets its device), or launch with "
             "--strategy model_parallel to split.",
         )
-    return asked
+
+
+def _gpu(asked: Any) -> int | None:
+    """The one GPU that a map names by its number."""
+    if isinstance(asked, Mapping):
+        return _gpu(next(iter(asked.values()), None))
+    number = str(asked).removeprefix("cuda:")
+    return int(number) if number.isdecimal() else None
 
 
 def _split_map(asked: Any, model: str, where: str, planned: dict[str, int] | None, planned_model: str | None) -> Any:
@@ -106,7 +128,9 @@ def shown(device_map: Any) -> str:
 
 
 def _wrap_loaders(placement: Placement, planned_model: str | None, module: ModuleType) -> None:
-    for name in LOADERS[module.__name__]:
+    for name in DISPATCHERS.get(module.__name__, ()):
+        setattr(module, name, _guarded_dispatch(getattr(module, name), placement))
+    for name in LOADERS.get(module.__name__, ()):
         loader: Any = getattr(module, name, None)
         attribute = inspect.getattr_static(loader, "from_pretrained", None)
         if isinstance(attribute, classmethod | staticmethod):
@@ -123,7 +147,7 @@ def _guarded(
         of_its_own = "device_map" in call.arguments
         given = call.arguments["device_map"] if of_its_own else kwargs.get("device_map")
         asked = given
-        if isinstance(given, str) and given in SPLITTING_MAPS and _calling_frame(LOADING)[1] in LIBRARIES:
+        if isinstance(given, str) and given in SPLITTING_MAPS and _calling_frame(LOADING)[1] in SPLIT_BY_DEFAULT:
             asked = None  # a library's own default, not what the script said: TRL's trainers give "auto"
         names = args[1:] if bound else args
         model = str(names[0] if names else kwargs.get("pretrained_model_name_or_path", kwargs.get("model_name", "")))
@@ -141,6 +165,16 @@ def _guarded(
         return original(*args, **kwargs)
 
     return from_pretrained
+
+
+def _guarded_dispatch(original: Callable[..., Any], placement: Placement) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(original).bind_partial(*args, **kwargs)
+        _refuse_split(call.arguments.get("device_map"), calling_line(), placement)
+        return original(*args, **kwargs)
+
+    return dispatch
 
 
 def calling_line() -> str:
@@ -168,7 +202,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in LOADERS:
+        if fullname not in LOADERS and fullname not in DISPATCHERS:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)

@@ -72,7 +72,7 @@ def launch_script(script: Path, arguments: Sequence[str], options: Mapping[str, 
     reading = read_script(script)
     hardware = find_hardware(config)
     chosen = choose(config, options.get("model"), reading, hardware)
-    check(reading, chosen.strategy)
+    check(reading, chosen.strategy, len(chosen.devices) if chosen.devices[0].kind == "cuda" else 0)
     check_devices(len(chosen.devices), chosen.devices[0].kind, hardware)
     for line in chosen.lines:
         click.echo(line)

@@ -1,4 +1,7 @@
-"""A user's script read, not run: a split under ddp, or a launcher inside, found with its line before it starts."""
+"""A user's script read, not run: a split under ddp, or a launcher inside, found with its line before it starts.
+
+What stands under a condition that looks at the processes is left to the guard, which sees what the script then does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel_tune.script_guard import shown, splits
+from parallel_tune.script_names import Conditions, Names, asks_for_processes, walk
 from strategies.errors import ConfigError, StrategiesCombined
 
 LAUNCHERS = {
@@ -20,7 +24,11 @@ LAUNCHERS = {
     "torch.multiprocessing.start_processes",
     "torch.distributed.run.main",
     "torch.distributed.run.run",
+    "torch.distributed.launch.main",
+    "torch.distributed.launcher.elastic_launch",
     "torch.distributed.launcher.api.elastic_launch",
+    "accelerate.commands.launch.main",
+    "accelerate.commands.launch.launch_command",
 }
 """Functions that start training processes of their own."""
 
@@ -29,6 +37,10 @@ RUNS_COMMANDS = re.compile(
     r"(subprocess\.(run|call|check_call|check_output|Popen)|os\.(system|popen|exec\w+|spawn\w+))"
 )
 JOINS = {"torch.distributed.init_process_group", "torch.distributed.distributed_c10d.init_process_group"}
+REPLICATES = {"torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,16 @@ class Finding:
     """Something in a script that decides how it may be launched.
 
     Attributes:
-        kind: "split" (a device_map over several devices), "launcher", or "joins" (a process group).
+        kind: "split" (a device_map over several devices), "launcher", "joins" (a process group), "replicates" (over
+            several GPUs in one process), or "sets" (an environment variable that says where a process stands).
         what: it, in a few words.
+        name: the variable's.
     """
 
     kind: str
     line: int
     what: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,23 +93,30 @@ def read_script(path: Path) -> Reading:
         line = getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else str(path)
         raise ConfigError(f"{where}: not Python: {error}", "Correct the script; it has not been started.") from error
-    names = _imported_names(tree)
+    names = Names(tree)
     findings: list[Finding] = []
     models: list[str] = []
-    for node in ast.walk(tree):
-        findings += _maps(node)
+    for node, conditions in walk(tree):
         if isinstance(node, ast.Call):
-            function = _dotted(node.func, names)
-            findings += _launches(node, function)
-            models += _models(node, function)
+            function = names.dotted(node.func)
+            findings += _launches(node, function, names)
+            models += _models(node, function, names)
+        if not asks_for_processes(conditions):
+            findings += _maps(node, names)
+            findings += [found for found in _places(node, names) if not _looked_at(found.name, conditions)]
     return Reading(path, tuple(sorted(findings, key=lambda finding: finding.line)), tuple(dict.fromkeys(models)))
 
 
-def check(reading: Reading, strategy: str) -> None:
+def check(reading: Reading, strategy: str, gpus: int = 0) -> None:
     """Refuse a script that does by itself what the strategy excludes.
+
+    Args:
+        strategy: "auto" while it is not decided.
+        gpus: how many the script will run on.
 
     Raises:
         StrategiesCombined: naming file and line, and the two ways out.
+        ConfigError: the script hides GPUs that it would run on.
     """
     for finding in reading.findings:
         where = f"{reading.path}:{finding.line}: {finding.what}"
@@ -118,22 +140,58 @@ def check(reading: Reading, strategy: str) -> None:
                 "devices. They cannot be combined.",
                 "Leave the process group out to split, or launch with --strategy ddp to replicate.",
             )
+        if finding.kind == "replicates" and gpus > 1 and strategy != "auto":
+            raise StrategiesCombined(
+                f"{where} copies the model to all GPUs from within one process, and --strategy {strategy} places it "
+                "itself. They cannot be combined.",
+                "Leave the wrapper out: ddp replicates by processes, model_parallel splits.",
+            )
+        if finding.kind == "sets":
+            _check_variable(finding, where, strategy, gpus)
 
 
-def _maps(node: ast.AST) -> Iterator[Finding]:
-    """device_map=... in a call, "device_map": ... in a dict, options["device_map"] = ..."""
+def _check_variable(finding: Finding, where: str, strategy: str, gpus: int) -> None:
+    if finding.name == VISIBLE and gpus > 1:
+        raise ConfigError(
+            f"{where} chooses GPUs inside the script, after parallel-tune launch gave it {gpus}",
+            f"Leave it out, and choose outside: {VISIBLE}=0 parallel-tune launch ...",
+        )
+    if strategy == "ddp" and finding.name in (*RANKS, *ADDRESS):
+        raise StrategiesCombined(
+            f"{where} overwrites what tells each process of --strategy ddp which one it is. They cannot be combined.",
+            f"Leave it out, or write os.environ.setdefault({finding.name!r}, ...), which keeps what is there.",
+        )
+    if strategy == "model_parallel" and finding.name in RANKS:
+        raise StrategiesCombined(
+            f"{where} lets accelerate look for other processes, and --strategy model_parallel is one process that "
+            "holds all devices. They cannot be combined.",
+            "Leave it out to split, or launch with --strategy ddp to replicate.",
+        )
+
+
+def _maps(node: ast.AST, names: Names) -> Iterator[Finding]:
+    """device_map=... in a call, "device_map": ... in a dict, options["device_map"] = ..., options.device_map = ..."""
     values: list[ast.expr] = []
     if isinstance(node, ast.Call):
         values = [keyword.value for keyword in node.keywords if keyword.arg == "device_map"]
+        function = names.dotted(node.func).rpartition(".")[2]
+        place = {"setdefault": 0, "setattr": 1}.get(function)
+        if place is not None and len(node.args) == place + 2 and _is_text(node.args[place], "device_map"):
+            values.append(node.args[place + 1])
     elif isinstance(node, ast.Dict):
         values = [value for key, value in zip(node.keys, node.values, strict=True) if _is_text(key, "device_map")]
     elif isinstance(node, ast.Assign):
-        targets = [target for target in node.targets if isinstance(target, ast.Subscript)]
-        values = [node.value for target in targets if _is_text(target.slice, "device_map")]
+        values = [node.value for target in node.targets if _is_device_map(target)]
     for value in values:
-        device_map = _literal_map(value)
+        device_map = _literal_map(names.value(value))
         if splits(device_map):
             yield Finding("split", value.lineno, f"device_map={shown(device_map)}")
+
+
+def _is_device_map(target: ast.expr) -> bool:
+    if isinstance(target, ast.Subscript):
+        return _is_text(target.slice, "device_map")
+    return isinstance(target, ast.Attribute) and target.attr == "device_map"
 
 
 def _literal_map(value: ast.expr) -> object:
@@ -150,18 +208,45 @@ def _literal_map(value: ast.expr) -> object:
     return None
 
 
-def _launches(call: ast.Call, function: str) -> Iterator[Finding]:
+def _launches(call: ast.Call, function: str, names: Names) -> Iterator[Finding]:
     if function in LAUNCHERS:
         yield Finding("launcher", call.lineno, f"{function}()")
-    elif function in JOINS:
-        yield Finding("joins", call.lineno, f"{function}()")
     elif RUNS_COMMANDS.fullmatch(function):
-        command = COMMANDS.search(" ".join(_texts(call)))
+        command = COMMANDS.search(" ".join(_texts(call, names)))
         if command:
             yield Finding("launcher", call.lineno, f"{function}() with {command[0]}")
 
 
-def _models(call: ast.Call, function: str) -> Iterator[str]:
+def _places(node: ast.AST, names: Names) -> Iterator[Finding]:
+    """Process groups, replication inside one process, and variables that say where a process stands."""
+    variables: list[ast.expr | None] = []
+    if isinstance(node, ast.Call):
+        function = names.dotted(node.func)
+        if function in JOINS:
+            yield Finding("joins", node.lineno, f"{function}()")
+        elif function in REPLICATES:
+            yield Finding("replicates", node.lineno, f"{function}()")
+        elif function == "os.putenv":
+            variables = [*node.args[:1]]
+        elif function == "os.environ.update":
+            given = [names.value(argument) for argument in node.args]
+            variables = [key for written in given if isinstance(written, ast.Dict) for key in written.keys]
+            variables += [ast.Constant(keyword.arg) for keyword in node.keywords]
+    elif isinstance(node, ast.Assign):
+        targets = [target for target in node.targets if isinstance(target, ast.Subscript)]
+        variables = [target.slice for target in targets if names.dotted(target.value) == "os.environ"]
+    for variable in variables:
+        name = variable.value if isinstance(variable, ast.Constant) else None
+        if name in (*RANKS, *ADDRESS, VISIBLE):
+            yield Finding("sets", getattr(node, "lineno", 0), f"os.environ[{name!r}] = ...", str(name))
+
+
+def _looked_at(variable: str, conditions: Conditions) -> bool:
+    """Whether a variable is set only after a look at what it is."""
+    return variable != "" and any(variable in ast.unparse(test) for test in conditions)
+
+
+def _models(call: ast.Call, function: str, names: Names) -> Iterator[str]:
     """FastLanguageModel.from_pretrained("name"), and TRL's SFTTrainer(model="name"); tokenizers aside."""
     *_, owner, name = ("", *function.split("."))
     values: list[ast.expr] = []
@@ -170,39 +255,14 @@ def _models(call: ast.Call, function: str) -> Iterator[str]:
         values = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg in words)]
     elif name.endswith("Trainer"):
         values = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "model")]
-    for value in values:
+    for value in map(names.value, values):
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             yield value.value
 
 
-def _imported_names(tree: ast.AST) -> dict[str, str]:
-    """Name in the script -> dotted name that it stands for."""
-    names: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                first = alias.name.partition(".")[0]
-                names[alias.asname or first] = alias.name if alias.asname else first
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    return names
-
-
-def _dotted(function: ast.expr, names: dict[str, str]) -> str:
-    """The full name of a called function, or an empty text."""
-    parts: list[str] = []
-    while isinstance(function, ast.Attribute):
-        parts.append(function.attr)
-        function = function.value
-    if not isinstance(function, ast.Name):
-        return ""
-    return ".".join([names.get(function.id, function.id), *reversed(parts)])
-
-
-def _texts(call: ast.Call) -> Iterator[str]:
+def _texts(call: ast.Call, names: Names) -> Iterator[str]:
     for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
-        for node in ast.walk(argument):
+        for node in ast.walk(names.value(argument)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
 

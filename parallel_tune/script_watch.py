@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +50,13 @@ class ScriptWatcher(Watcher):
 
     stopping = "asking the script's processes to end; a second signal ends them at once"
 
+    def _stop_signal(self) -> signal.Signals:
+        # Ctrl-C is a KeyboardInterrupt in the script, as when it runs by itself: many save what they have then.
+        return signal.SIGINT if self._signal == signal.SIGINT else signal.SIGTERM
+
     def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
+        if self.signalled:
+            return len(outcomes) == self._processes  # one may need longer to save than the others
         return len(outcomes) == self._processes or any(outcome.code != 0 for outcome in outcomes.values())
 
     def _vanished(self) -> list[int]:

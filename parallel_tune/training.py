@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -20,11 +21,12 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
-from parallel_tune.row_arguments import model_arguments
+from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
+from strategies.reduction import reduce_in_bfloat16
 
 
 class EpochDataLoader(DataLoader):  # type: ignore[type-arg]
@@ -41,6 +43,13 @@ class Arguments(SFTConfig):  # type: ignore[misc]
     def device(self) -> torch.device:
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+class InBfloat16(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Settings of DDP under which it sums gradients in bfloat16, on a CPU too."""
+
+    def register_comm_hook(self, model: Any) -> None:
+        model.register_comm_hook(None, reduce_in_bfloat16)
 
 
 class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
@@ -67,6 +76,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated: tuple[int, float] | None = None
         self._has_best = False
         self._waiting: list[Any] = []
+        self._ahead: tuple[Iterator[Any], list[Any]] | None = None
+        self._epoch_iterator: Iterator[Any] | None = None
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
         if hasattr(self.model, "peft_config"):
@@ -87,6 +98,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if self.accelerator.ddp_handler is not None:
             # Gradients live in the buckets: no second copy of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+            if plan.reduce_dtype == "bfloat16":
+                self.accelerator.ddp_handler = InBfloat16(**vars(self.accelerator.ddp_handler))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 FLOP a parameter and token, as transformers counts; which counts all parameters in each micro-batch."""
@@ -129,10 +142,21 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU. A run that was
         resumed after its last step has none left, where transformers would train one more.
         """
+        ahead, self._ahead, self._epoch_iterator = self._ahead, None, epoch_iterator
         if self.state.global_step >= self.state.max_steps:
             return [], torch.zeros((), device=device)
-        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        if ahead is not None and ahead[0] is epoch_iterator:
+            micro_batches = ahead[1]
+        else:
+            micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         return micro_batches, torch.tensor(self.batches.target_tokens(self.state.global_step), device=device)
+
+    def _fetch_ahead(self) -> None:
+        """Make the next step's micro-batches while the device still works on this one's."""
+        if self._epoch_iterator is not None and self.state.global_step + 1 < self.state.max_steps:
+            # All steps have the same number of micro-batches; at an epoch's end there are none left.
+            number = self.plan.gradient_accumulation_steps
+            self._ahead = (self._epoch_iterator, list(itertools.islice(self._epoch_iterator, number)))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,12 +179,15 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         if schedule is None:
             # The loss of a split model lies where its head is.
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self._fetch_ahead()
             return loss.to(self.args.device)
         self._waiting.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         waiting, self._waiting = self._waiting, []
         *earlier, last = self._run_step(schedule, model, waiting, num_items_in_batch)
+        self._fetch_ahead()
         for loss in earlier:
             self._tr_loss += loss  # one by one, as they are summed without a schedule
         return last
@@ -175,6 +202,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         for inputs in waiting:
             labels = inputs["labels"].to(schedule.labels_device)
             rest = self._prepare_inputs({name: value for name, value in inputs.items() if name != "labels"})
+            rest = with_boundaries_on(rest, schedule.devices)
             micro_batches.append({**rest, "labels": labels, "num_items_in_batch": num_items.to(schedule.labels_device)})
 
         def forward(_: int, inputs: dict[str, Any]) -> torch.Tensor:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 POSITIVE = (
     "max_seq_length", "r", "lora_alpha", "global_batch_size", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs", "logging_steps", "max_rows",
-    "lanes", "stages", "ddp_timeout", "chunk_size", "early_stopping_patience", "adam_epsilon",
+    "lanes", "stages", "max_devices", "ddp_timeout", "chunk_size", "early_stopping_patience", "adam_epsilon",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lora_dropout", "val_size", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm",
     "save_steps", "eval_steps", "seed", "random_state", "stride", "early_stopping_threshold", "adam_beta1",
-    "adam_beta2",
+    "adam_beta2", "profile_steps",
 )  # fmt: skip
 BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 COUNTS_OR_SHARES = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")

@@ -94,7 +94,10 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     from parallel_tune.engines import open_engine
+    from strategies.registry import load_registry
 
+    # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
+    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     engine = open_engine(plan.engine)
     engine.prepare()  # before transformers, trl and peft are imported
 
@@ -105,14 +108,13 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.data_part import describe_data
     from parallel_tune.gathering import choose_gathering
+    from parallel_tune.log_edges import LogAtEdges
     from parallel_tune.prediction import trained_rows
     from parallel_tune.sampler import GlobalBatches
     from parallel_tune.stopping import StopEarly, check_reached
     from parallel_tune.tracing import predict_for_rows
     from parallel_tune.training import build_trainer
-    from strategies.registry import load_registry
 
-    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     stop = StopAtSignal(session)
     stop.listen()
     startup.mark("import")
@@ -150,10 +152,15 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
+    profiled = []
+    if config.profile_steps:
+        from parallel_tune.profiling import ProfileSteps
+
+        profiled.append(ProfileSteps(run.profile, config.profile_steps, session))
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [FirstStep(startup), metrics, stop, *early], gathering.gather,
-        first_epoch.tokens_at_once(plan.micro_batch),
+        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges()],
+        gathering.gather, first_epoch.tokens_at_once(plan.micro_batch),
     )  # fmt: skip
     startup.mark("prepare")
     results: dict[str, float] = {}

@@ -31,6 +31,10 @@ class Schedule(Protocol):
     """Whether it also averages gradients over all processes."""
 
     @property
+    def devices(self) -> Sequence[torch.device]:
+        """Where a micro-batch is worked on, each once, that of the inputs first."""
+
+    @property
     def labels_device(self) -> torch.device:
         """Where the loss is computed, hence where labels should lie."""
 
@@ -89,7 +93,7 @@ class Session(Protocol):
 
     def report(self) -> dict[str, Any]:
         """What the strategy has measured of the run, for the run's report. `stages`, if any, is one entry a device of
-        the plan, `timeline` the schedule of the last step."""
+        the plan, `timeline` the schedule of the last step, `stage_seconds` what a micro-batch took at each stage."""
 
     def close(self) -> None:
         """Release what the session holds. The process ends soon after."""

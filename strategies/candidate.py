@@ -28,13 +28,18 @@ _CHECKPOINTING_RANK: Mapping[Checkpointing, int] = {"none": 0, "unsloth": 1, "fu
 
 @dataclass(frozen=True)
 class Candidate:
-    """An arrangement on certain devices. `stages` are replicas, or the parts of a split in their order."""
+    """An arrangement on certain devices. `stages` are replicas, or the parts of a split in their order.
+
+    Attributes:
+        host_seconds: of issuing one micro-batch through all parts of a split.
+    """
 
     arrangement: Arrangement
     global_batch: int
     stages: tuple[Stage, ...]
     step_seconds: float
     sequence_length: int
+    host_seconds: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -69,6 +74,14 @@ def checkpointing_choices(workload: Workload, device: Device) -> tuple[Checkpoin
     if workload.engine == "unsloth" and device.kind == "cuda":
         return ("none", "unsloth", "full")
     return ("none", "full")
+
+
+def capture_choices(workload: Workload, checkpointing: Checkpointing) -> tuple[bool, ...]:
+    """Whether a plan may capture its steps, and may leave it; none where it must and cannot."""
+    if not workload.capture or checkpointing != "none":
+        return () if workload.force_capture else (False,)
+    # A captured step needs more memory: where it does not fit, the same run eagerly may.
+    return (True,) if workload.force_capture else (True, False)
 
 
 def choose(candidates: Sequence[Candidate], may_leave_out_slow: bool) -> Candidate:

@@ -75,7 +75,7 @@ class Workload:
         tied_embeddings: whether the head shares the embedding's weight.
         pipeline: whether a split may keep several micro-batches in flight.
         force_lanes: it shall, on virtual devices too.
-        capture: whether a replica's steps may be captured as CUDA graphs.
+        capture: whether steps may be captured as CUDA graphs.
         force_capture: whether they must be, though an eager plan may be faster.
         lanes: how many then; as many as stages if None.
         stages: parts of a split; more than devices share them.
@@ -124,7 +124,7 @@ class Arrangement:
         gradient_accumulation_steps: forward passes of one process per optimizer step.
         lanes: micro-batches in flight at once in one process (1: none overlaps).
         stages: devices over which one replica is split.
-        captured: forward and backward of a micro-batch are replayed as one CUDA graph.
+        captured: forward and backward of a micro-batch are replayed as CUDA graphs, one or a few for each device.
     """
 
     processes: int
@@ -243,6 +243,7 @@ class Plan:
         device_map: module name -> device index; {"": "local_rank"} when each process holds a replica.
         lanes: micro-batches in flight at once (1: the naive schedule).
         dtype: the compute dtype, "bfloat16", "float16" or "float32".
+        reduce_dtype: in which processes sum their gradients, "float32" (gradients' own) or "bfloat16".
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
         captured: forward and backward are recorded once for each size of micro-batch, and replayed.
         uncaptured_reason: why not; empty where they are, or where the strategy has no use for it.
@@ -267,6 +268,7 @@ class Plan:
     predicted_tokens_per_second: float
     lanes: int = 1
     dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
     padding_free: bool = False
     padded_reason: str = ""
     captured: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,9 @@ class Passage(Protocol):
 
     def go(self, stage: int, backward: bool) -> None:
         """The stage that comes next; called before anything is done on its device."""
+
+    def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Copies on `device`, cut off from any graph; also called while a stage is at work, for what it needs late."""
 
     def arrive(self) -> None:
         """What crosses the boundary is there: the stage's own work begins."""
@@ -64,20 +67,22 @@ class Cuts:
             self._passage.go(stage, backward=False)
             self.stage = stage
             self._stages.count(stage)
-        copies = [self._cut(tensor, self._stages.devices[stage], self.pairs[stage]) for tensor in tensors]
+        copies = self._cut(tensors, self._stages.devices[stage], self.pairs[stage])
         if not late:
             self._passage.arrive()
         return copies
 
     def lend(self, weight: Tensor, device: torch.device) -> Tensor:
         """A leaf that stands for a weight of stage 0."""
-        return self._cut(weight, device, self.lent)
+        (leaf,) = self._cut([weight], device, self.lent)
+        return leaf
 
-    def _cut(self, tensor: Tensor, device: torch.device, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        copy = copy_to(tensor.detach(), device)
-        if self._grad and tensor.requires_grad:
-            pairs.append((tensor, copy.requires_grad_()))
-        return copy
+    def _cut(self, tensors: Sequence[Tensor], device: torch.device, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        copies = self._passage.carry(tensors, device)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if self._grad and tensor.requires_grad:
+                pairs.append((tensor, copy.requires_grad_()))
+        return copies
 
     def backward(self) -> None:
         """Walk from the last stage's cut back to stage 0; the last stage's own backward has been run."""
@@ -89,12 +94,38 @@ class Cuts:
             if stage == 0:
                 pairs, self.lent = pairs + self.lent, []
             roots = [source for source, leaf in pairs if leaf.grad is not None]
-            gradients = [_brought(leaf.grad, source.device) for source, leaf in pairs if leaf.grad is not None]
+            gradients = [self._brought(leaf.grad, source.device) for source, leaf in pairs if leaf.grad is not None]
             pairs.clear()  # the leaves and their gradients are of no more use
             self._passage.arrive()
             if roots:
                 torch.autograd.backward(roots, gradients)
 
+    def _brought(self, gradient: Tensor, device: torch.device) -> Tensor:
+        return gradient if gradient.device == device else self._passage.carry([gradient], device)[0]
 
-def _brought(gradient: Tensor, device: torch.device) -> Tensor:
-    return gradient if gradient.device == device else copy_to(gradient, device)
+
+def pass_through(
+    stages: Stages, passage: Passage, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]
+) -> Tensor:
+    """One micro-batch: forward through all stages, the last stage's backward, and back over the cuts.
+
+    Returns:
+        The loss, detached.
+    """
+    cuts = Cuts(stages, passage)
+    passage.go(0, backward=False)
+    passage.arrive()
+    with stages.carried_by(cuts):
+        loss = forward()
+    value = loss.detach()
+    if torch.is_grad_enabled():
+        if loss.requires_grad:
+            backward(loss)
+        del loss
+        cuts.backward()
+    return value
+
+
+def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """What a `Passage` carries where nothing has to stay in its place."""
+    return [copy_to(tensor.detach(), device) for tensor in tensors]

@@ -10,6 +10,7 @@ from strategies.base import Estimator
 from strategies.batching import DEFAULT_ACCUMULATION, DEFAULT_MICRO_BATCH, Batching, batching
 from strategies.candidate import (
     Candidate,
+    capture_choices,
     checkpointing_choices,
     choose,
     held_back_reasons,
@@ -17,7 +18,7 @@ from strategies.candidate import (
     noun,
     to_plan,
 )
-from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Part, Plan, Verdict, Workload
+from strategies.contracts import Arrangement, Device, Hardware, Part, Plan, Verdict, Workload
 from strategies.devices import device_sets, unequal_speed
 from strategies.errors import ConfigError
 from strategies.fit import gib, need, usable_bytes
@@ -78,7 +79,7 @@ def _candidates(
 ) -> list[Candidate]:
     found = []
     for checkpointing in checkpointing_choices(workload, devices[0]):
-        for captured in _capture_choices(workload, checkpointing):
+        for captured in capture_choices(workload, checkpointing):
             for micro_batch, steps in batch.candidates:
                 arrangement = Arrangement(len(devices), micro_batch, steps, checkpointing, captured=captured)
                 candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
@@ -86,13 +87,6 @@ def _candidates(
                 if not candidate.fits:
                     break  # larger micro-batches need more
     return found
-
-
-def _capture_choices(workload: Workload, checkpointing: Checkpointing) -> tuple[bool, ...]:
-    if not workload.capture or checkpointing != "none":
-        return () if workload.force_capture else (False,)
-    # A captured step needs more memory: where it does not fit, the same run eagerly may.
-    return (True,) if workload.force_capture else (True, False)
 
 
 def _candidate(

@@ -42,12 +42,8 @@ def staged(devices: Sequence[Device], workload: Workload) -> tuple[Device, ...]:
     result: list[Device] = []
     for position, device in enumerate(used):
         count = stages // len(used) + (position < stages % len(used))
-        part = replace(
-            device,
-            capacity_bytes=device.capacity_bytes // count,
-            free_bytes=device.free_bytes // count,
-            matmul_flops_per_second=device.matmul_flops_per_second / count,
-        )
+        # Memory is divided; the device works on one stage at a time, at its full rate.
+        part = replace(device, capacity_bytes=device.capacity_bytes // count, free_bytes=device.free_bytes // count)
         result += [part] * count
     return tuple(result)
 

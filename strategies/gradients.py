@@ -1,4 +1,4 @@
-"""All gradients of a replica in one buffer: what a captured step writes to, and what processes sum at once."""
+"""All gradients of a process in one buffer a device: what captured steps write to, and what processes sum at once."""
 
 from __future__ import annotations
 
@@ -8,23 +8,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_Kind = tuple[torch.dtype, torch.device]
+
+
+def _kind(parameter: Tensor) -> _Kind:
+    return parameter.dtype, parameter.device
+
 
 class FlatGradients:
-    """Gradients of some parameters as views of one buffer a dtype, at addresses that never change.
+    """Gradients of some parameters as views of one buffer a dtype and device, at addresses that never change.
 
     Args:
-        parameters: those that train, all on one device.
+        parameters: those that train.
         world_size: replicas over which gradients are averaged; they start from the first one's parameters.
+        reduce_dtype: in which they are sent and summed, where that is narrower than their own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], world_size: int) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], world_size: int = 1, reduce_dtype: torch.dtype = torch.float32
+    ) -> None:
         self._parameters = list(parameters)
         self._world_size = world_size
-        sizes: dict[torch.dtype, int] = {}
+        self._reduce_dtype = reduce_dtype
+        sizes: dict[_Kind, int] = {}
         for parameter in self._parameters:
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-        device = self._parameters[0].device
-        self._buffers = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+            sizes[_kind(parameter)] = sizes.get(_kind(parameter), 0) + parameter.numel()
+        self._buffers = {
+            (dtype, device): torch.zeros(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()
+        }
         self._views = self._make_views()
         if world_size > 1:
             for parameter in self._parameters:
@@ -34,9 +45,10 @@ class FlatGradients:
         used = dict.fromkeys(self._buffers, 0)
         views = []
         for parameter in self._parameters:
-            start = used[parameter.dtype]
-            used[parameter.dtype] = start + parameter.numel()
-            views.append(self._buffers[parameter.dtype][start : used[parameter.dtype]].view_as(parameter))
+            kind = _kind(parameter)
+            start = used[kind]
+            used[kind] = start + parameter.numel()
+            views.append(self._buffers[kind][start : used[kind]].view_as(parameter))
         return views
 
     def begin(self) -> None:
@@ -46,13 +58,32 @@ class FlatGradients:
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
 
+    def adopt(self) -> None:
+        """All gradients lie in the buffer; those that exist keep their values, others are zero."""
+        found = [parameter.grad for parameter in self._parameters]
+        if all(gradient is None for gradient in found):
+            self.begin()
+            return
+        for parameter, view, gradient in zip(self._parameters, self._views, found, strict=True):
+            if gradient is None:
+                view.zero_()
+            elif gradient.data_ptr() != view.data_ptr():
+                view.copy_(gradient)
+            parameter.grad = view
+
     def average(self) -> None:
         """The mean over all replicas, as DDP's: a loss that is a mean over all tokens comes scaled by their number."""
         if self._world_size == 1:
             return
         for buffer in self._buffers.values():
-            dist.all_reduce(buffer)
-            buffer.div_(self._world_size)
+            if buffer.dtype.itemsize > self._reduce_dtype.itemsize:
+                # As DDP's hook of this name does: divided first, so that a sum is no larger than what it sums.
+                rounded = buffer.to(self._reduce_dtype).div_(self._world_size)
+                dist.all_reduce(rounded)
+                buffer.copy_(rounded)
+            else:
+                dist.all_reduce(buffer)
+                buffer.div_(self._world_size)
 
     def copy(self) -> list[Tensor]:
         """A copy of what the buffers hold."""

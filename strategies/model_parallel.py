@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from strategies.base import Estimator
 from strategies.batching import batching
-from strategies.candidate import Candidate, checkpointing_choices, choose, left_out_reasons, noun, to_plan
+from strategies.candidate import (
+    Candidate,
+    capture_choices,
+    checkpointing_choices,
+    choose,
+    left_out_reasons,
+    noun,
+    to_plan,
+)
 from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Plan, Verdict, Workload
 from strategies.devices import device_sets, staged, unequal_speed
 from strategies.fit import gib, need, usable_bytes
+from strategies.lane_words import lane_reasons
 from strategies.placement import Stage, StageCosts, best_order, fullest, place_by_memory, place_by_time, slowest
 
 if TYPE_CHECKING:
@@ -45,18 +55,23 @@ class ModelParallel:
         for devices in _sets(workload, hardware):
             if candidates and not _worth_dropping(candidates, hardware):
                 break
-            for checkpointing in checkpointing_choices(workload, devices[0]):
-                for lanes in self._lane_choices(workload, devices, checkpointing):
-                    for micro_batch, steps in batch.candidates:
-                        arrangement = Arrangement(1, micro_batch, steps, checkpointing, min(lanes, steps), len(devices))
-                        candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
-                        candidates.append(candidate)
-                        if not candidate.fits:
-                            break  # larger micro-batches need more
+            for checkpointing, lanes, captured in self._all_ways(workload, devices):
+                for micro_batch, steps in batch.candidates:
+                    arrangement = Arrangement(
+                        1, micro_batch, steps, checkpointing, min(lanes, steps), len(devices), captured
+                    )
+                    candidate = _candidate(workload, devices, batch.global_batch, arrangement, estimate)
+                    candidates.append(candidate)
+                    if not candidate.fits:
+                        break  # larger micro-batches need more
         if workload.force_lanes:
             candidates = [c for c in candidates if c.arrangement.lanes > 1] or candidates
         chosen = choose(candidates, may_leave_out_slow=True)
-        reasons = (*_reasons(chosen), *left_out_reasons(chosen, candidates, hardware.devices))
+        reasons = (
+            _reason(chosen),
+            *lane_reasons(chosen, candidates, workload),
+            *left_out_reasons(chosen, candidates, hardware.devices),
+        )
         return to_plan(self.name, workload, chosen, device_map(workload, chosen.stages), reasons)
 
     def open(self, plan: Plan, timeout_seconds: int) -> Session:
@@ -65,11 +80,28 @@ class ModelParallel:
 
         return open_split(plan)
 
-    def _lane_choices(
-        self, workload: Workload, devices: Sequence[Device], checkpointing: Checkpointing
-    ) -> tuple[int, ...]:
-        # Offloaded checkpoints keep buffers that are the whole process's: one thread only.
-        if not self.lanes_available or not workload.pipeline or len(devices) == 1 or checkpointing == "unsloth":
+    def _all_ways(self, workload: Workload, devices: Sequence[Device]) -> Iterator[tuple[Checkpointing, int, bool]]:
+        """Each of `_ways`, captured and not, as far as it may be."""
+        for checkpointing, lanes in self._ways(workload, devices):
+            for captured in capture_choices(workload, checkpointing):
+                yield checkpointing, lanes, captured
+
+    def _ways(self, workload: Workload, devices: Sequence[Device]) -> Iterator[tuple[Checkpointing, int]]:
+        """Forms of checkpointing, and lanes.
+
+        Unsloth's offloaded checkpoints keep buffers that are the whole process's: lanes keep layer inputs on the device
+        in their place, for a user who asked for offloading too.
+        """
+        asked = workload.gradient_checkpointing
+        for checkpointing in checkpointing_choices(workload, devices[0]):
+            for lanes in self._lane_choices(workload, devices):
+                if lanes == 1 or checkpointing != "unsloth":
+                    yield checkpointing, lanes
+                elif asked == "unsloth":
+                    yield "full", lanes
+
+    def _lane_choices(self, workload: Workload, devices: Sequence[Device]) -> tuple[int, ...]:
+        if not self.lanes_available or not workload.pipeline or len(devices) == 1:
             return (1,)
         # As many as stages: a lane that waits for its turn would only hold memory.
         lanes = workload.lanes or len(devices)
@@ -100,13 +132,23 @@ def step_seconds(stages: Sequence[Stage], host_seconds: float, micro_batches: in
     """Predicted seconds of an optimizer step.
 
     With one lane, stages work one after another. With lanes they overlap: the first micro-batch fills the pipeline and
-    the slowest stage paces the rest, which for p equal stages is the bound p m / (m + p - 1) of the naive speed. The
-    one process issues all kernels, so it never gets below the host's time.
+    the busiest device paces the rest, which for p equal stages is the bound p m / (m + p - 1) of the naive speed; fewer
+    lanes than stages keep no more than so many at work. The one process issues all kernels, so it never gets below the
+    host's time.
     """
     once = sum(stage.device_seconds for stage in stages)
     if lanes == 1:
         return micro_batches * max(once, host_seconds)
-    return max(once + (micro_batches - 1) * slowest(stages), micro_batches * host_seconds)
+    paced = max(once + (micro_batches - 1) * _busiest(stages), micro_batches * once / lanes)
+    return max(paced, micro_batches * host_seconds)
+
+
+def _busiest(stages: Sequence[Stage]) -> float:
+    """Seconds of a micro-batch on the device that works longest at it; virtual devices are all one CPU."""
+    seconds: dict[int, float] = defaultdict(float)
+    for stage in stages:
+        seconds[stage.device.index if stage.device.kind == "cuda" else 0] += stage.device_seconds
+    return max(seconds.values())
 
 
 def _worth_dropping(candidates: Sequence[Candidate], hardware: Hardware) -> bool:
@@ -136,32 +178,17 @@ def _candidate(
     assert stages is not None  # place_by_memory always answers
     host = sum(estimate.host_seconds(stage.part, arrangement) for stage in stages)
     seconds = step_seconds(stages, host, arrangement.gradient_accumulation_steps, arrangement.lanes)
-    return Candidate(arrangement, global_batch, stages, seconds, workload.sequence_length)
+    return Candidate(arrangement, global_batch, stages, seconds, workload.sequence_length, host)
 
 
-def _reasons(chosen: Candidate) -> tuple[str, ...]:
+def _reason(chosen: Candidate) -> str:
     stages = chosen.stages
     full = max(stages, key=lambda stage: stage.fullness)
     kind = noun(full.device)
     over = f"split over {len(stages)} {kind}s" if len(stages) > 1 else f"whole on one {kind}"
     total = sum(stage.memory.peak_bytes for stage in stages)
-    what = (
+    return (
         f"{over} the model needs {gib(total)} in all {chosen.how}; the fullest, device {full.device.index} "
         f"({full.device.name}), needs {need(full.memory)} and has {gib(full.device.free_bytes)} free, "
         f"{gib(usable_bytes(full.device))} of it usable"
-    )
-    m, lanes = chosen.arrangement.gradient_accumulation_steps, chosen.arrangement.lanes
-    if lanes == 1:
-        return (what,)
-    naive = m * sum(stage.device_seconds for stage in stages)
-    bound = len(stages) * m / (m + len(stages) - 1)
-    shares = ", ".join(
-        f"{m * stage.device_seconds / chosen.step_seconds:.0%} of device {stage.device.index}" for stage in stages
-    )
-    return (
-        what,
-        f"{lanes} lanes keep the {kind}s busy: {naive / chosen.step_seconds:.2f}x of one micro-batch "
-        f"at a time is predicted; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
-        f"busy share expected: {shares}; {m}/{m + len(stages) - 1} = {m / (m + len(stages) - 1):.0%} would be each "
-        f"stage's if all took as long",
     )

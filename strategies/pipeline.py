@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from strategies.ambient import Ambient, capture, entered
 from strategies.board import Aborted, Board
-from strategies.cuts import Cuts
+from strategies.cuts import pass_through
 from strategies.probe import Finding, probe
 from strategies.randomness import get_states, set_states
+from strategies.stage_capture import StageCapture
 from strategies.stages import Stages
 from strategies.visit import Clock, Course, Segment, Visit
 
@@ -46,17 +47,26 @@ class Lanes:
         num_lanes: micro-batches in flight at once; one is the naive schedule.
         seed: of dropout masks, which depend on (seed, key of the run, micro-batch, stage) alone.
         align_clocks: let the devices finish before each run, so that the timelines of distinct GPUs compare exactly.
+        captured: recordings of micro-batches, which lanes then replay; None to run all of them eagerly.
     """
 
     sums_gradients = False
 
-    def __init__(self, stages: Stages, num_lanes: int, seed: int = 0, align_clocks: bool = False) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        num_lanes: int,
+        seed: int = 0,
+        align_clocks: bool = False,
+        captured: StageCapture | None = None,
+    ) -> None:
         if num_lanes < 1:
             raise ValueError(f"num_lanes must be at least 1, not {num_lanes}")
         self._stages = stages
         self._num_lanes = num_lanes
         self._seed = seed
         self._align_clocks = align_clocks
+        self._captured = captured
         self._findings: dict[bool, Finding] = {}
         self._runs = 0
         self._course: Course | None = None
@@ -71,6 +81,10 @@ class Lanes:
     def reason(self) -> str | None:
         """Why micro-batches run one after the other; None while nothing forbids lanes."""
         return next((finding.reason for finding in self._findings.values() if finding.reason), None)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return tuple(dict.fromkeys(self._stages.devices))
 
     @property
     def labels_device(self) -> torch.device:
@@ -113,6 +127,7 @@ class Lanes:
         if not micro_batches:
             return []
         finding = self._probe(lambda: forward(0, copy.copy(micro_batches[0])))
+        replays = self._recorded(finding, micro_batches, forward, backward)
         if finding.reason is not None:
             return _one_by_one(micro_batches, forward, backward)
 
@@ -127,7 +142,7 @@ class Lanes:
             seeds=tuple(_seeded(device, random) for device in devices),
             key=(self._seed, self._runs if key is None else key),
         )
-        job = _Job(self._stages, course, micro_batches, forward, backward, self._num_lanes)
+        job = _Job(self._stages, course, micro_batches, forward, backward, self._num_lanes, replays)
         states = get_states(random) if random else {}
         try:
             self._execute(job)
@@ -171,6 +186,19 @@ class Lanes:
             self._take_checkpoints(keep_random=False)
         return self._findings[training]
 
+    def _recorded(
+        self, finding: Finding, micro_batches: Sequence[Any], forward: Forward, backward: Backward
+    ) -> StageCapture | None:
+        """What lanes replay in a run with gradients, after what is due for it was recorded."""
+        if self._captured is None or not torch.is_grad_enabled():
+            return None
+        if finding.reason is not None:
+            self._captured.give_up(f"the model's graph cannot be cut: {finding.reason}")
+        elif finding.random_devices:
+            self._captured.give_up("the model draws random numbers, which would differ from those of eager lanes")
+        self._captured.prepare(micro_batches, forward, backward, self._num_lanes)
+        return self._captured
+
     def _take_checkpoints(self, keep_random: bool) -> None:
         """Make all activation checkpoints non-reentrant; done before each run, as trainers switch them on late.
 
@@ -202,7 +230,8 @@ class Lanes:
         while len(self._threads) < self._num_lanes:
             streams = {gpu: torch.cuda.Stream(gpu) for gpu in _gpus(self._stages.devices)}  # type: ignore[no-untyped-call]
             name = f"lane-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=self._lane, args=(streams,), name=name, daemon=True))
+            arguments = (len(self._threads), streams)
+            self._threads.append(threading.Thread(target=self._lane, args=arguments, name=name, daemon=True))
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
@@ -215,7 +244,7 @@ class Lanes:
                 self._posted += 1
             self._wake.notify_all()
 
-    def _lane(self, streams: Streams) -> None:
+    def _lane(self, number: int, streams: Streams) -> None:
         """A lane's thread: one job after the other, holding on to none."""
         done = 0
         while True:
@@ -226,7 +255,7 @@ class Lanes:
                     return
                 done, job = self._posted, self._job
             if job is not None:
-                job.work(streams)
+                job.work(number, streams)
             del job
 
 
@@ -245,6 +274,7 @@ class _Job:
         forward: Forward,
         backward: Backward,
         num_lanes: int,
+        replays: StageCapture | None,
     ) -> None:
         self.course = course
         self.losses: list[Any] = [None] * len(micro_batches)
@@ -252,6 +282,7 @@ class _Job:
         self._micro_batches = micro_batches
         self._forward = forward
         self._backward = backward
+        self._replays = replays
         self._ambient: Ambient = capture()
         self._working = num_lanes
         self._ended = threading.Condition()
@@ -266,10 +297,10 @@ class _Job:
                 # A signal that another thread happened to receive only reaches this one when it wakes up.
                 self._ended.wait(timeout=0.1)
 
-    def work(self, streams: Streams) -> None:
+    def work(self, lane: int, streams: Streams) -> None:
         """A lane's part: micro-batches as long as there are any. Raises nothing; errors go to the board."""
         try:
-            self._ambient.variables.copy().run(self._work, streams)
+            self._ambient.variables.copy().run(self._work, lane, streams)
         except Aborted:
             pass
         except BaseException as error:
@@ -285,32 +316,26 @@ class _Job:
             for gpu in self._gpus:
                 torch.cuda.current_stream(gpu).wait_event(event)
 
-    def _work(self, streams: Streams) -> None:
+    def _work(self, lane: int, streams: Streams) -> None:
         for gpu, stream in streams.items():
             torch.cuda.set_stream(stream)
             stream.wait_event(self._begin[gpu])
         try:
             with entered(self._ambient):
                 while (index := self.course.board.take()) is not None:
-                    self._micro_batch(index, streams)
+                    self._micro_batch(lane, index, streams)
         finally:
             self._ends.extend(stream.record_event() for stream in streams.values())
 
-    def _micro_batch(self, index: int, streams: Streams) -> None:
-        """One micro-batch: forward through all stages, the last stage's backward, and back over the cuts."""
-        visit = Visit(self.course, index, streams)
-        cuts = Cuts(self._stages, visit)
+    def _micro_batch(self, lane: int, index: int, streams: Streams) -> None:
+        """One micro-batch through all stages and back, replayed where it is recorded."""
+        visit, batch = Visit(self.course, index, streams), self._micro_batches[index]
         try:
-            visit.go(0, backward=False)
-            visit.arrive()
-            with self._stages.carried_by(cuts):
-                loss = self._forward(index, self._micro_batches[index])
-            self.losses[index] = loss.detach()
-            if self._ambient.grad:
-                if loss.requires_grad:
-                    self._backward(loss)
-                del loss
-                cuts.backward()
+            if recording := self._replays and self._replays.recording(lane, index):
+                self.losses[index] = recording.play(visit, batch)
+            else:
+                forward = functools.partial(self._forward, index, batch)
+                self.losses[index] = pass_through(self._stages, visit, forward, self._backward)
             visit.leave()
         except BaseException:
             self.course.board.drop(index)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.cuts import CannotCutError, Cuts
+from strategies.cuts import CannotCutError, Cuts, copies_on
 from strategies.randomness import get_states, set_states
 from strategies.stages import Stages
 
@@ -35,18 +35,16 @@ def probe(stages: Stages, forward: Callable[[], Tensor]) -> Finding:
     reach over a cut: their gradients would be lost or mixed up. Random generators are left as they were.
     """
     states = get_states(stages.devices)
-    cuts = Cuts(stages, _HookCheck(_saved_tensor_hooks()))
-    counts = [(count.forward, count.backward) for count in stages.crossings]
+    with torch.enable_grad():  # which the cuts go by, also where the run itself is without
+        cuts = Cuts(stages, _HookCheck(_saved_tensor_hooks()))
     try:
-        with torch.enable_grad(), stages.carried_by(cuts):
+        with stages.uncounted(), torch.enable_grad(), stages.carried_by(cuts):
             loss = forward()
         reason = None if cuts.stage == len(stages) - 1 else f"the forward ended in stage {cuts.stage}"
         reason = reason or _foreign_gradient(stages, cuts, loss)
     except CannotCutError as error:
         reason = error.message
     finally:
-        for count, (before_forward, before_backward) in zip(stages.crossings, counts, strict=True):
-            count.forward, count.backward = before_forward, before_backward
         after = get_states(stages.devices)
         set_states(states)
     used = frozenset(device for device in states if not torch.equal(states[device], after[device]))
@@ -68,6 +66,9 @@ class _HookCheck:
             raise CannotCutError(
                 f"stage {stage} begins under saved-tensor hooks: a checkpoint that spans several layers, or offloading"
             )
+
+    def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        return copies_on(tensors, device)
 
     def arrive(self) -> None:
         """Nothing is timed."""

@@ -31,6 +31,15 @@ def set_states(states: Mapping[torch.device, Tensor]) -> None:
         generator_of(device).set_state(state)
 
 
+def leave_capture(device: torch.device) -> None:
+    """Let a GPU's generator be used again after a capture that failed, which leaves it waiting for the capture's end.
+
+    It goes on with the numbers that it would have given. Graphs captured with it must not be replayed any more.
+    """
+    generator = generator_of(device)
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 def seed_of(*key: int) -> int:
     """A seed of 63 bits that tells keys apart; the same in every process and on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from strategies.gradients import FlatGradients
+from strategies.randomness import leave_capture
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +51,13 @@ class CudaGraphs:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, which load data or watch NCCL, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            # Other threads, which load data or watch NCCL, may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
+        except BaseException:
+            leave_capture(self._stream.device)
+            raise
         self._graphs.append(graph)
         return graph.replay, result
 
@@ -100,6 +105,7 @@ class Replay:
         parameters: gives those that train; asked at the first step, when a trainer has settled their dtype.
         recorder: what records.
         world_size: replicas that average their gradients.
+        reduce_dtype: in which they do.
     """
 
     sums_gradients = True
@@ -110,15 +116,21 @@ class Replay:
         device: torch.device,
         recorder: Recorder,
         world_size: int = 1,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = parameters
         self._device = device
         self._recorder = recorder
         self._world_size = world_size
+        self._reduce_dtype = reduce_dtype
         self._gradients: FlatGradients | None = None
         self._first: dict[Signature, dict[str, Tensor]] = {}
         self._recordings: dict[Signature, _Recording] = {}
         self.report = ReplayReport()
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self._device,)
 
     @property
     def labels_device(self) -> torch.device:
@@ -137,7 +149,7 @@ class Replay:
         Every replica calls it with as many micro-batches. `key` is not used.
         """
         if self._gradients is None:
-            self._gradients = FlatGradients(self._parameters(), self._world_size)
+            self._gradients = FlatGradients(self._parameters(), self._world_size, self._reduce_dtype)
         self._gradients.begin()
         losses = [self._one(index, batch, forward, backward) for index, batch in enumerate(micro_batches)]
         self._gradients.average()
@@ -145,7 +157,7 @@ class Replay:
 
     def _one(self, index: int, batch: Mapping[str, Any], forward: Forward, backward: Backward) -> Tensor:
         report = self.report
-        size = max(value.numel() for value in batch.values() if isinstance(value, Tensor))
+        size = size_of(batch)
         report.elements += size
         signature = _signature(batch)
         if signature is None or report.reason is not None:
@@ -181,10 +193,10 @@ class Replay:
             _replayed(recording, batch)
             error = self._gradients.distance(self._gradients.copy(), eager)
             if math.isnan(error):  # gradients that overflowed, as with the first scales of float16, tell nothing
-                self._first[_signature_of(batch)] = first
+                self._first[signature_of(batch)] = first
             elif error <= SAME_GRADIENTS:
                 self.report.gradient_error = max(self.report.gradient_error, error)
-                self._recordings[_signature_of(batch)] = recording
+                self._recordings[signature_of(batch)] = recording
                 self.report.recordings += 1
                 self.report.sizes = sorted([*self.report.sizes, size])
             else:
@@ -200,9 +212,7 @@ class Replay:
             replay, loss = self._recorder.record(lambda: _eager(index, inputs, forward, backward))
         except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
             _log.warning("the step cannot be captured", exc_info=error)
-            cause = _first_cause(error)
-            said = [type(cause).__name__, *str(cause).strip().splitlines()[:1]]
-            self._give_up(f"the step cannot be captured: {': '.join(said)}")
+            self._give_up(f"the step cannot be captured: {what_stopped(error)}")
             return None
         return _Recording(inputs, replay, loss)
 
@@ -213,11 +223,16 @@ class Replay:
         self._recorder.forget()
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: ending a capture that failed raises an error of its own."""
+def what_stopped(error: BaseException) -> str:
+    """What went wrong first, in a line: ending a capture that failed raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
-    return error
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
+def size_of(batch: Mapping[str, Any]) -> int:
+    """Elements of a micro-batch's largest tensor."""
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 def _eager(index: int, batch: Mapping[str, Any], forward: Forward, backward: Backward) -> Tensor:
@@ -235,8 +250,9 @@ def _replayed(recording: _Recording, batch: Mapping[str, Tensor]) -> Tensor:
 
 def _signature(batch: Mapping[str, Any]) -> Signature | None:
     """Names, shapes and dtypes; None where something is not a tensor, so cannot be replaced by copying."""
-    return _signature_of(batch) if all(isinstance(value, Tensor) for value in batch.values()) else None
+    return signature_of(batch) if all(isinstance(value, Tensor) for value in batch.values()) else None
 
 
-def _signature_of(batch: Mapping[str, Tensor]) -> Signature:
+def signature_of(batch: Mapping[str, Tensor]) -> Signature:
+    """Names, shapes and dtypes."""
     return tuple((name, value.shape, value.dtype) for name, value in sorted(batch.items()))

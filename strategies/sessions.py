@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from strategies.contracts import Plan
+from strategies.recording import Recorded, TimedSchedule
 from strategies.visit import busy_shares
 
 if TYPE_CHECKING:
     from strategies.pipeline import Lanes
     from strategies.replay import Replay
+    from strategies.stage_capture import StageCapture
     from strategies.stages import Stages
 
 
@@ -31,6 +33,9 @@ class ReplicaSession:
         if self.world_size != plan.processes:
             raise AssertionError(f"the plan has {plan.processes} processes, the launcher started {self.world_size}")
         self._captured = plan.captured
+        self._reduce_dtype: torch.dtype = getattr(torch, plan.reduce_dtype)
+        self._accumulates = plan.gradient_accumulation_steps > 1
+        self._static_graph = False
         self._replay: Replay | None = None
 
     @property
@@ -45,7 +50,9 @@ class ReplicaSession:
         return {"": self.local_rank if self._cuda else "cpu"}
 
     def place(self, model: Any) -> None:
-        """The whole model was loaded onto this process's device; only a captured step needs to know its parameters."""
+        """The whole model was loaded onto this process's device; a captured step needs to know its parameters."""
+        # torch's reducer (2.13) fails an assertion where a static graph's first pass is one of several of a step.
+        self._static_graph = not self._accumulates and not _may_leave_parts_out(model)
         if not self._captured:
             return
         from strategies.replay import CudaGraphs, Replay
@@ -55,10 +62,17 @@ class ReplicaSession:
             self.device,
             CudaGraphs(self.device),
             self.world_size,
+            self._reduce_dtype,
         )
 
     def training_arguments(self) -> dict[str, Any]:
-        return {"use_cpu": not self._cuda, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+        return {
+            "use_cpu": not self._cuda,
+            # transformers would search each pass for them under any adapter, and checkpoints then count twice.
+            "ddp_find_unused_parameters": False,
+            "ddp_static_graph": self._static_graph,
+            "ddp_broadcast_buffers": False,
+        }
 
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
@@ -87,6 +101,13 @@ class ReplicaSession:
         """Nothing: tearing a process group down can abort or wait for ever; the process's end releases it."""
 
 
+def _may_leave_parts_out(model: Any) -> bool:
+    """Whether passes may differ in what they compute: tokens choose their experts, or layers are dropped at random."""
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "layerdrop")
+    return any(getattr(config, name, None) for name in names)
+
+
 class SplitSession:
     """The one process of model_parallel: one model, consecutive layers on each device."""
 
@@ -99,6 +120,8 @@ class SplitSession:
         self._cuda = plan.devices[0].kind == "cuda"
         self._stages: Stages | None = None
         self._lanes: Lanes | None = None
+        self._captured: StageCapture | None = None
+        self._recorded: Recorded | None = None
         if self._cuda:
             torch.cuda.set_device(0)
 
@@ -117,17 +140,36 @@ class SplitSession:
 
     def place(self, model: Any) -> None:
         from strategies.pipeline import Lanes
+        from strategies.stage_capture import StageCapture
+        from strategies.stage_graphs import StageGraphs
         from strategies.stages import split
+        from strategies.turns import Turns
 
         cuts = [device.layers[0] for device in self._plan.devices]
         self._stages = split(model, cuts, self._stage_devices())
-        if self._plan.lanes > 1:
-            # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
-            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True)
+        if self._plan.captured:
+            self._captured = StageCapture(
+                self._stages,
+                lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
+                StageGraphs(self._stages.devices),
+            )
+        # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
+        turns = Turns(self._stages, align_clocks=True)
+        if self._plan.lanes > 1 or self._captured is not None:
+            self._lanes = Lanes(self._stages, self._plan.lanes, align_clocks=True, captured=self._captured)
+        lanes = self._lanes
+
+        def schedule() -> TimedSchedule:
+            return turns if lanes is None or lanes.reason is not None else lanes
+
+        # Virtual devices are all the CPU, which has cores for so many stages at once.
+        places = list(self._plan.ordinals) if self._cuda else [0] * len(self._plan.devices)
+        at_once = 1.0 if self._cuda else max(1.0, len(os.sched_getaffinity(0)) / torch.get_num_threads())
+        self._recorded = Recorded(schedule, places, lambda inputs: int(inputs["input_ids"].numel()), at_once)
 
     @property
-    def schedule(self) -> Lanes | None:
-        return self._lanes
+    def schedule(self) -> Recorded | None:
+        return self._recorded
 
     def training_arguments(self) -> dict[str, Any]:
         return {"use_cpu": not self._cuda}
@@ -152,10 +194,14 @@ class SplitSession:
             "lanes_reason": self._lanes.reason if self._lanes else None,
             "crossings": [vars(crossings).copy() for crossings in self._stages.crossings],
         }
-        if self._lanes and (timeline := self._lanes.timeline()):
+        if self._captured is not None:
+            found["captured"] = vars(self._captured.report).copy()
+        if self._recorded and (timeline := self._recorded.timeline()):
             shares = busy_shares(timeline, len(self._stages))
             found["stages"] = [{"busy_share": share} for share in shares]
             found["timeline"] = [vars(segment).copy() for segment in timeline]
+        if self._recorded and (measured := self._recorded.stage_seconds()):
+            found["stage_seconds"] = vars(measured).copy()
         return found
 
     def close(self) -> None:

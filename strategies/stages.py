@@ -7,9 +7,9 @@ state dict stay as they are, and `undo()` takes everything back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -88,6 +88,16 @@ class Stages:
     def count(self, stage: int, backward: bool = False) -> None:
         """Note a crossing of the boundary before `stage`; for carriers that do not use `Stages`' own."""
         self._roads.count(stage, backward)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within it, crossings are counted as ever; afterwards the counts are what they were before."""
+        before = [replace(count) for count in self.crossings]
+        try:
+            yield
+        finally:
+            for count, kept in zip(self.crossings, before, strict=True):
+                count.forward, count.backward = kept.forward, kept.backward
 
     def carried_by(self, carrier: Carrier) -> AbstractContextManager[None]:
         """Within it, `carrier` takes over what this thread's forward passes bring to a boundary."""

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from strategies.board import Board
+from strategies.cuts import copies_on
 from strategies.randomness import generator_of, seed_of
 
 
@@ -70,6 +72,20 @@ class Clock:
         return float(self._zero[device].elapsed_time(mark)) / 1000
 
 
+Mark = float | torch.cuda.Event
+Marks = Sequence[tuple[int, int, str, Mark, Mark]]
+"""(stage, micro-batch, direction, start, end), in a clock's marks."""
+
+
+def as_segments(clock: Clock, devices: Sequence[torch.device], marks: Marks) -> list[Segment]:
+    """The schedule as it ran, by start; waits for the devices to finish it."""
+    result = []
+    for stage, micro_batch, direction, start, end in marks:
+        seconds = [clock.seconds(devices[stage], mark) for mark in (start, end)]
+        result.append(Segment(stage, micro_batch, direction, *seconds))
+    return sorted(result, key=lambda segment: segment.start)
+
+
 @dataclass
 class Course:
     """What the visits of one run share.
@@ -92,11 +108,7 @@ class Course:
 
     def segments(self) -> list[Segment]:
         """The schedule as it ran, by start; waits for the devices to finish it."""
-        result = []
-        for stage, micro_batch, direction, start, end in self.marks:
-            seconds = [self.clock.seconds(self.devices[stage], mark) for mark in (start, end)]
-            result.append(Segment(stage, micro_batch, direction, *seconds))
-        return sorted(result, key=lambda segment: segment.start)
+        return as_segments(self.clock, self.devices, self.marks)
 
 
 class Visit:
@@ -134,6 +146,17 @@ class Visit:
         if not backward:
             for seeded in course.seeds[stage]:
                 generator_of(seeded).manual_seed(seed_of(*course.key, self._micro_batch, stage))
+
+    def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Copies that leave on the lane's own stream of the device they come from."""
+        return copies_on(tensors, device)
+
+    def settle(self) -> None:
+        """Let the segment's work wait for what the lane last copied away from its device: a recording's tensors, unlike
+        others, are written again where they lie."""
+        device = self._course.devices[self._stage]
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).wait_stream(self._aside[device])
 
     def arrive(self) -> None:
         """The segment's inputs are on its device: its time begins."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +24,24 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# What runs teach is kept for later plans: neither for those of whoever tests, nor from test to test.
+# A folder named by PARALLEL_TUNE_TEST_CACHE is kept: on GPUs it spares measuring their constants anew.
+CACHE = Path(os.environ.get("PARALLEL_TUNE_TEST_CACHE") or tempfile.mkdtemp(prefix="parallel-tune-tests-"))
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+if "PARALLEL_TUNE_TEST_CACHE" not in os.environ:
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_learned() -> None:
+    """Each test plans as on a machine on which no split has run."""
+    shutil.rmtree(CACHE / "parallel-tune" / "stages", ignore_errors=True)
+
+
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 SENTENCE = "alpha beta gamma delta tree house light green river stone cloud music paper window garden"
 WORDS = SENTENCE.split()
@@ -271,6 +290,22 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(place / "installed"), str(source)]
     subprocess.run(pip, check=True, timeout=TIMEOUT_SECONDS)
     return place / "installed"
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a script of examples/benchmarks, and what it shares with the others."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 Install = Callable[..., dict[str, str]]

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from parallel_tune.config import TrainConfig, fields_by_name
+from parallel_tune.elsewhere import LLAMA_FACTORY_ELSEWISE, NOT_OFFERED, TRL_ELSEWISE, UNSLOTH_TRAIN_ELSEWISE
 from parallel_tune.options import default_of
 
 UNSLOTH_CLI = (
@@ -43,23 +44,6 @@ UNSLOTH_TRAIN = (
     "use_rslora", "use_dora", "hf_token",
 )  # fmt: skip
 """Options of `unsloth train` that have the same meaning here."""
-UNSLOTH_TRAIN_ELSEWISE = {
-    "training_type": "--full_finetuning for full",
-    "local_dataset": "--dataset FILE",
-    "format_type": "told by the columns",
-    "use_loftq": "--loftq_config '{}'",
-    "enable_wandb": "--report_to wandb",
-    "wandb_project": "WANDB_PROJECT",
-    "wandb_token": "WANDB_API_KEY",
-    "enable_tensorboard": "--report_to tensorboard",
-    "tensorboard_dir": "RUN/tensorboard, or TENSORBOARD_LOGGING_DIR",
-    "vision_all_linear": "text models only",
-    "finetune_vision_layers": "text models only",
-    "finetune_language_layers": "text models only",
-    "finetune_attention_modules": "--target_modules",
-    "finetune_mlp_modules": "--target_modules",
-}
-
 TRAINING_ARGUMENTS = (
     "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
@@ -72,69 +56,18 @@ TRAINING_ARGUMENTS = (
 GONE_BUT_KNOWN = ("warmup_ratio",)
 """Fields that earlier releases of TrainingArguments had."""
 
-NOT_OFFERED = {
-    "Follows from the plan or the strategy": (
-        "use_cpu", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
-        "ddp_static_graph", "ddp_backend", "fsdp", "fsdp_config", "deepspeed", "accelerator_config",
-        "parallelism_config", "gradient_checkpointing_kwargs", "auto_find_batch_size", "average_tokens_across_devices",
-        "torch_empty_cache_steps", "use_cache",
-    ),
-    "The sampler's: the same samples meet in the same step under any strategy": (
-        "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "remove_unused_columns",
-        "label_names", "ignore_data_skip", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-        "dataloader_in_order",
-    ),
-    "One held-out loss, over all ranks, before and after in any case": (
-        "eval_delay", "eval_on_start", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object",
-        "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
-        "greater_is_better",
-    ),
-    "A run keeps whole checkpoints, its own logs and its own verbs (`resume`, `plan`, `export`)": (
-        "save_only_model", "save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
-        "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "logging_strategy", "logging_first_step",
-        "log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level", "log_level_replica",
-        "disable_tqdm", "skip_memory_metrics", "debug", "hub_private_repo", "hub_strategy", "hub_always_push",
-        "hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
-    ),
-    "They change loss, kernels or optimizer unseen by the memory estimate: `launch` your own script for them": (
-        "optim_args", "optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel",
-        "liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32",
-        "full_determinism",
-    ),
-}  # fmt: skip
-
 TRL = (
     "model_name_or_path", "dtype", "attn_implementation", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
     "use_rslora", "use_dora", "load_in_4bit", "dataset_name", "dataset_config", "dataset_train_split", "max_length",
     "packing", "completion_only_loss", "assistant_only_loss",
 )  # fmt: skip
 """Fields of TRL's SFTConfig, ModelConfig and ScriptArguments beside those of TrainingArguments."""
-TRL_ELSEWISE = {
-    "use_peft": "adapters are the default; --full_finetuning without",
-    "dataset_test_split": "--val_size",
-    "dataset_text_field": "a column `text`",
-    "lora_modules_to_save": "not here",
-}
-
 LLAMA_FACTORY = (
     "model_name_or_path", "cutoff_len", "dataset", "max_samples", "val_size", "packing", "lora_rank", "lora_alpha",
     "lora_dropout", "lora_target", "use_rslora", "use_dora", "early_stopping_steps", "export_dir",
     "export_hub_model_id", "hf_hub_token",
 )  # fmt: skip
 """LLaMA-Factory 0.9.5, beside TrainingArguments' own."""
-LLAMA_FACTORY_ELSEWISE = {
-    "finetuning_type": "`full`: --full_finetuning; `lora` is the default",
-    "quantization_bit": "`4`: --load_in_4bit",
-    "train_on_prompt": "`false`, its default: --answers_only",
-    "flash_attn": "--attn_implementation",
-    "disable_gradient_checkpointing": "--use_gradient_checkpointing none",
-    "use_unsloth": "--engine unsloth",
-    "template": "the tokenizer's own chat template",
-    "stage": "`sft`; others by `launch`",
-    "dataset_dir": "give the path as --dataset",
-    "plot_loss": "always: report.html",
-}
 
 
 def render() -> str:

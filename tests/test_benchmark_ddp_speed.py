@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
-
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("benchmark_ddp_speed", BENCHMARKS / "ddp_speed.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_benchmark: Any) -> Any:
+    return load_benchmark("ddp_speed")
 
 
 def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, tmp_path: Path) -> None:
@@ -37,17 +29,19 @@ def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, tmp_pat
 def test_figures_are_ratios_of_medians(benchmark: Any) -> None:
     options = benchmark.parse(["--gpus=1"])
     rows = [
-        {"what": "reference-short-0", "tokens_per_second": 100.0, "step_seconds": 1.0},
-        {"what": "unsloth-short-0", "tokens_per_second": 900.0},
+        {"what": "reference-short-0", "tokens_per_second": 100.0, "host_seconds": 0.9, "losses": [4.0, 2.0]},
+        {"what": "unsloth-short-0", "tokens_per_second": 900.0, "losses": [4.0, 2.1, 1.0]},
         {"what": "unsloth-short-1", "tokens_per_second": 1100.0},
         {"what": "transformers-short-0", "tokens_per_second": 500.0},
         {"what": "unsloth-full-0", "tokens_per_second": 90.0},
-        {"what": "limit-unsloth-full", "tokens_per_second": 100.0},
-        {"what": "arranged-as-the-reference", "tokens_per_second": 99.0, "step_seconds": 1.01},
+        {"what": "limit-unsloth-full-0", "tokens_per_second": 100.0},
+        {"what": "limit-transformers-full-0", "failed": "no room"},
     ]
     found = benchmark.figures(rows, options)
     assert found["engine"] == "unsloth"
     assert found["ratio_to_reference"] == 10.0
     assert found["share_of_captured_limit_full_rows"] == 0.9
-    assert found["overhead"] == pytest.approx(0.01)
+    assert found["losses_apart_unsloth_short"] == pytest.approx(0.05)
+    assert found["losses_apart_unsloth_full"] is None
+    assert found["host_seconds_reference_short"] == 0.9
     assert found["weak_scaling"] is None

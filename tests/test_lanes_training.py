@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +127,11 @@ def test_the_report_has_lanes_crossings_and_busy_shares(in_lanes: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_resumed_run_goes_on_in_lanes_with_the_same_bits(in_lanes: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_same_bits_in_more_lanes_too(in_lanes: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(in_lanes, again)
+    plan = json.loads((again / "plan.json").read_text())
+    (again / "plan.json").write_text(json.dumps({**plan, "lanes": 3}))
     shutil.rmtree(again / "adapter")
     for later in ("checkpoint-4", "checkpoint-5"):
         shutil.rmtree(again / later)
@@ -142,6 +146,7 @@ def test_a_resumed_run_goes_on_in_lanes_with_the_same_bits(in_lanes: Path, tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from checkpoint-2" in done.stdout
+    assert json.loads((again / "report.json").read_text())["lanes"] == 3
     rows = {step: rest for step, *rest in figures(in_lanes) if rest[0] is not None}
     assert {step: rest for step, *rest in figures(again) if rest[0] is not None} == rows
     assert same_weights(in_lanes, again)
@@ -215,4 +220,31 @@ def test_a_model_that_cannot_be_cut_says_why_and_trains(folder: Path, tmp_path: 
     assert reason is not None
     log = (run / "logs" / "rank-0.log").read_text()
     assert log.count(f"one after the other, since {reason}") == 1
-    assert not (run / "timeline.json").exists()
+    # The first step found it out; the naive ones after it are timed as such.
+    segments = json.loads((run / "timeline.json").read_text())["segments"]
+    assert all(one["end"] <= other["start"] for one, other in pairwise(segments))
+
+
+def test_a_layer_a_stage_and_fewer_lanes_than_stages(folder: Path, tmp_path: Path) -> None:
+    options = ("--hardware", "cpu:3", "--stages", "4", "--max_steps", "3")
+    naive = start(folder, tmp_path / "off", *options, "--pipeline", "off")
+    lanes = start(folder, tmp_path / "on", *options, "--pipeline", "on", "--lanes", "3")
+    plan = json.loads((lanes / "plan.json").read_text())
+    assert ([device["layers"] for device in plan["devices"]], plan["lanes"]) == ([[i, i] for i in range(4)], 3)
+    assert figures(naive) == figures(lanes)
+    assert same_weights(naive, lanes)
+    for run in (naive, lanes):
+        segments = json.loads((run / "timeline.json").read_text())["segments"]
+        assert len(segments) == 5 * 7
+        report = json.loads((run / "report.json").read_text())
+        assert all(0 < device["busy_share"] < 1 for device in report["devices"])
+        assert len(report["stage_seconds"]["seconds"]) == 4
+
+
+@pytest.mark.parametrize("pipeline", ["on", "off"])
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(folder: Path, tmp_path: Path, pipeline: str) -> None:
+    options = ("--hardware", "cpu:2", "--max_steps", "9", "--learning_rate", "1e30", "--pipeline", pipeline)
+    argv = command(folder, tmp_path / "run", *options)
+    done = subprocess.run(argv, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"the loss is (nan|inf) at step \d", done.stdout + done.stderr)

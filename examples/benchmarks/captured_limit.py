@@ -2,7 +2,8 @@
 
     python examples/benchmarks/captured_limit.py RUN RESULT [REPEAT]
 
-Writes the seconds of each replay and its tokens as JSON.
+Of a run that was not captured it takes the plan with which it would have been, and rows as long as its longest. Writes
+the seconds of each replay and its tokens as JSON.
 """
 
 from __future__ import annotations
@@ -14,13 +15,29 @@ from pathlib import Path
 from typing import Any
 
 
+def captured_plan(run: Any, report: dict[str, Any]) -> tuple[Any, Any, int]:
+    """Settings and plan of a run, captured, and the tokens of its largest micro-batch."""
+    from parallel_tune.decision import decide, find_hardware
+
+    config, plan = run.read()
+    if plan.captured:
+        return config, plan, report["captured"]["sizes"][-1]
+    # What asks for capturing must not be held to the arrangement of an eager step.
+    free = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
+    config = config.replace(
+        capture="on", use_gradient_checkpointing="auto", global_batch_size=plan.global_batch, **free
+    )
+    plan, _ = decide(config, find_hardware(config))
+    return config, plan, -(-plan.micro_batch * report["longest_row"] // 64) * 64
+
+
 def main(run_path: Path, result: Path, repeat: int) -> None:
     """Load the run's model as its worker did, capture its largest size, and replay."""
     from parallel_tune.engines import open_engine
     from parallel_tune.rundir import RunDir
 
     run = RunDir(run_path)
-    config, plan = run.read()
+    config, plan, size = captured_plan(run, json.loads(run.report.read_text()))
     engine = open_engine(plan.engine)
     engine.prepare()
 
@@ -43,8 +60,6 @@ def main(run_path: Path, result: Path, repeat: int) -> None:
         use_row_attention(model)
     replay = session.schedule
     assert replay is not None, "the run was not captured"
-    report = json.loads(run.report.read_text())
-    size = report["captured"]["sizes"][-1]
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> dict[str, Any]:
@@ -70,7 +85,9 @@ def main(run_path: Path, result: Path, repeat: int) -> None:
         if number >= 3:  # eager, recorded and checked, replayed once
             seconds.append(time.perf_counter() - start)
     reason = session.report()["captured"]["reason"]
-    result.write_text(json.dumps({"seconds": seconds, "tokens": size, "reason": reason}))
+    result.write_text(
+        json.dumps({"seconds": seconds, "tokens": size, "micro_batch": plan.micro_batch, "reason": reason})
+    )
 
 
 if __name__ == "__main__":

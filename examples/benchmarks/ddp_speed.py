@@ -1,36 +1,46 @@
-"""Our arrangement of ddp against the reference command of this field, on the same rows at the same samples a step.
+"""Our arrangement of ddp against the reference command of this field: the same rows in the same steps.
 
-    python examples/benchmarks/ddp_speed.py           # Qwen3-8B shape, one GPU, short and full rows
-    python examples/benchmarks/ddp_speed.py --gpus 2  # through two processes and through one
-    python examples/benchmarks/ddp_speed.py --small   # a tiny model on the CPU, two processes and one, no reference
+    python examples/benchmarks/ddp_speed.py --engines unsloth   # Qwen3-8B shape, one GPU, short and full rows
+    python examples/benchmarks/ddp_speed.py --gpus 2            # through two processes and through one
+    python examples/benchmarks/ddp_speed.py --small             # a tiny model on the CPU, two processes and one
 
-The reference is reference_unsloth.py: stock Unsloth, batch 1 x accumulation 4, offloaded checkpointing. Runs alternate;
-figures are medians over the steps after the first eight. Writes results/ddp_speed.HARDWARE.json beside this file.
+The reference is reference_unsloth.py: stock Unsloth, batch 1 x accumulation 4, offloaded checkpointing. It takes the
+rows in our order, with our optimizer and a learning rate that depends on no number of steps, so that the two losses can
+be compared step by step; --reference_optim adamw_8bit gives it its own optimizer. The captured limit is what replays of
+our step do with nothing around them. Kinds of runs alternate; figures are medians over the steps after the first few.
+What fails, or does not fit in --seconds, is left out and said. Writes results/ddp_speed.HARDWARE.json beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
+from ordering import write_in_order  # noqa: E402
 from rows import make_rows  # noqa: E402
+from running import Record, apart, call, flops_utilisation, hardware_name, train, train_bare  # noqa: E402
 from shapes import make_model  # noqa: E402
 
 WARM_UP = 8
+REFERENCE_WARM_UP = 4
+"""Steps of a run that do not count; ours records in its first ones."""
+
 SAMPLES = 4
 """Rows of a step and process: batch 1 x accumulation 4."""
+
+SCHEDULE = "--lr_scheduler_type=constant_with_warmup"
+LONGEST_SHORT_ROW = 512
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -42,176 +52,224 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="short,full")
     parser.add_argument("--engines", default="unsloth,transformers")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a full row")
-    parser.add_argument("--steps", type=int, default=60, help="of our runs; the reference runs half as many")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of our runs on short rows; 44, or 160 on several GPUs, whose sizes else differ by chance",
+    )
+    parser.add_argument("--full_steps", type=int, default=20, help="of our runs on full rows")
+    parser.add_argument("--reference_steps", type=int, default=14)
+    parser.add_argument("--reference_optim", default="adamw_torch")
+    parser.add_argument("--capture", default="on", help="of our runs; auto is what a plan would choose by itself")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--skip", default="", help="of reference, limit, overhead, single: what to leave out")
+    parser.add_argument("--skip", default="", help="of reference, limit, single: what to leave out")
+    parser.add_argument("--seconds", type=float, default=420.0, help="after which nothing more is begun or goes on")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or (44 if options.gpus == 1 else 160)
+    return options
 
 
-def call(command: list[str]) -> None:
-    """Run a command, and say what it said if it failed."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-        )
+@dataclass(frozen=True)
+class Work:
+    """Rows of one kind, the same in the order in which we train them, and their tokens in each of our steps."""
+
+    kind: str
+    rows: Path
+    ordered: Path
+    lengths: list[list[int]]
+    steps: int
+    longest: int
 
 
-def ours(folder: Path, name: str, model: Path, rows: Path, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
-    """One run of parallel-tune; a row of figures."""
-    run = folder / name
-    call([
-        sys.executable, "-m", "parallel_tune", f"--model={model}", f"--dataset={rows}", "--strategy=ddp",
-        f"--max_seq_length={options.length}", "--report_to=none", f"--output_dir={run}", "--warmup_steps=5", *extra,
-    ])  # fmt: skip
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = [row for row in metrics if "loss" in row]
-    report = json.loads((run / "report.json").read_text())
-    steady = metrics[min(WARM_UP, len(metrics) // 2) :]
-    seconds = [row["seconds"] for row in steady]
-    captured = report.get("captured") or {}
-    return {
-        "what": name,
-        "processes": report["world_size"],
-        "tokens_per_second": sum(row["tokens"] for row in steady) / sum(seconds),
-        "step_seconds": statistics.median(seconds),
-        "step_seconds_p90": sorted(seconds)[int(len(seconds) * 0.9)],
-        "first_steps_seconds": [row["seconds"] for row in metrics[:WARM_UP]],
-        "total_seconds": report["total_seconds"],
-        "losses": [row["loss"] for row in metrics],
-        "captured": captured,
-        "replayed_share": captured.get("replayed_elements", 0) / captured["elements"] if captured else 0.0,
-        "devices": report["devices"],
-        "versions": report["versions"],
-    }
+class Benchmark:
+    """All runs of one invocation."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder = folder
+        self._options = options
+        self._ends = time.monotonic() + options.seconds
+        self._model: Path = options.model or make_model(options.shape, folder / "model")
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """All runs, in turn; one that fails gives a row that says so."""
+        options = self._options
+        skip, engines = set(options.skip.split(",")), options.engines.split(",")
+        works = [self._work(kind) for kind in options.rows.split(",")]
+        for turn, work in product(range(options.repeat), works):
+            if "reference" not in skip:
+                yield self._tried(f"reference-{work.kind}-{turn}", self._reference, work)
+            for engine in engines:
+                name = f"{engine}-{work.kind}-{turn}"
+                yield self._tried(name, self._ours, work, engine, options.gpus)
+                if "limit" not in skip:
+                    yield self._tried(f"limit-{name}", self._limit, self._folder / name)
+                if options.gpus > 1 and "single" not in skip:
+                    yield self._tried(f"single-{name}", self._ours, work, engine, 1)
+
+    def _work(self, kind: str) -> Work:
+        options = self._options
+        full = kind == "full"
+        steps = options.full_steps if full else options.steps
+        longest = options.length if full else min(options.length, LONGEST_SHORT_ROW)
+        count, place = SAMPLES * options.gpus * steps, self._folder / f"{kind}.jsonl"
+        rows = make_rows(self._model, place, count, options.length if full else None)
+        ordered = self._folder / f"{kind}-ordered.jsonl"
+        lengths = write_in_order(self._model, rows, ordered, steps, 1, SAMPLES * options.gpus, longest)
+        return Work(kind, rows, ordered, lengths, steps, longest)
+
+    def _tried(self, name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        if self._left() <= 0:
+            return {"what": name, "failed": f"not begun: {self._options.seconds:.0f} s were over"}
+        try:
+            return run(name, *arguments)
+        except Exception as error:  # what was measured stays, and so do the runs that come after
+            return {"what": name, "failed": str(error)}
+
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def _ours(self, name: str, work: Work, engine: str, processes: int) -> dict[str, Any]:
+        options = self._options
+        capture = "off" if options.small else options.capture
+        metrics, report = train(
+            self._folder / name, self._model, work.rows, "--strategy=ddp", f"--engine={engine}",
+            f"--global_batch_size={SAMPLES * processes}", f"--max_seq_length={work.longest}", "--warmup_steps=5",
+            SCHEDULE, f"--max_steps={work.steps}", f"--max_devices={processes}", f"--capture={capture}",
+            *(["--hardware=cpu:2"] if options.small else []), timeout=self._left(),
+        )  # fmt: skip
+        seconds = [row["seconds"] for row in metrics]
+        # On one of several devices the steps are others: their rows are half as many.
+        lengths = work.lengths if processes == options.gpus else None
+        found = self._speed(seconds, [row["tokens"] for row in metrics], WARM_UP, lengths, processes)
+        captured = report.get("captured") or {}
+        return {
+            "what": name,
+            "processes": report["world_size"],
+            **found,
+            "host_seconds": statistics.median(_steady([row["host_seconds"] for row in metrics], WARM_UP)),
+            "first_steps_seconds": seconds[:WARM_UP],
+            "total_seconds": report["total_seconds"],
+            "startup_seconds": report["startup_seconds"],
+            "losses": [row["loss"] for row in metrics],
+            "captured": captured,
+            # What is computed: its own and what fills it up to a fixed size, which chance may make larger on one side.
+            "filled_tokens_per_second": self._filled(captured, len(metrics), processes, found["step_seconds"]),
+            "replayed_share": captured.get("replayed_elements", 0) / captured["elements"] if captured else 0.0,
+            "devices": report["devices"],
+            "versions": report["versions"],
+        }
+
+    @staticmethod
+    def _filled(captured: dict[str, Any], steps: int, processes: int, step_seconds: float) -> float | None:
+        return processes * captured["elements"] / steps / step_seconds if captured else None
+
+    def _reference(self, name: str, work: Work) -> dict[str, Any]:
+        options = self._options
+        steps = min(options.reference_steps, work.steps)
+        found = train_bare(
+            "reference_unsloth.py", self._model, work.ordered, steps, self._folder / f"{name}.json", "--in_order",
+            f"--optim={options.reference_optim}", SCHEDULE, f"--max_seq_length={work.longest}",
+            processes=options.gpus, folder=self._folder, timeout=self._left(),
+        )  # fmt: skip
+        return {
+            "what": name,
+            "processes": found["processes"],
+            **self._speed(found["seconds"], found["tokens"], REFERENCE_WARM_UP, work.lengths[:steps], options.gpus),
+            "host_seconds": statistics.median(_steady(found["host_seconds"], REFERENCE_WARM_UP)),
+            "first_step_seconds": found["first_step_seconds"],
+            "losses": found["losses"],
+            "used_bytes": found["used_bytes"],
+        }
+
+    def _limit(self, name: str, run: Path) -> dict[str, Any]:
+        result = self._folder / f"{name}.json"
+        call([sys.executable, str(HERE / "captured_limit.py"), str(run), str(result)], timeout=self._left())
+        limit = json.loads(result.read_text())
+        seconds = statistics.median(limit["seconds"])
+        row_tokens = limit["tokens"] // limit["micro_batch"]
+        used = flops_utilisation(self._model, [[row_tokens] * limit["micro_batch"]], seconds)
+        return {
+            "what": name,
+            **limit,
+            "tokens_per_second": limit["tokens"] / seconds,
+            "model_flops_utilisation": used,
+        }
+
+    def _speed(
+        self, seconds: list[float], tokens: list[int], warm_up: int, lengths: list[list[int]] | None, processes: int
+    ) -> dict[str, Any]:
+        """Figures of the steps after the first few."""
+        steady, steady_tokens = _steady(seconds, warm_up), _steady(tokens, warm_up)
+        used = None
+        if lengths is not None:
+            used = flops_utilisation(self._model, _steady(lengths, warm_up), sum(steady), processes)
+        return {
+            "tokens_per_second": sum(steady_tokens) / sum(steady),
+            "model_flops_utilisation": used,
+            "step_seconds": statistics.median(steady),
+            "step_seconds_p90": sorted(steady)[int(len(steady) * 0.9)],
+            "step_tokens": statistics.mean(steady_tokens),
+        }
 
 
-def reference(folder: Path, name: str, model: Path, rows: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One run of the reference; a row of figures."""
-    result = folder / f"{name}.json"
-    script = [str(HERE / "reference_unsloth.py"), str(model), str(rows), str(options.steps // 2), str(result)]
-    launcher = [sys.executable]
-    if options.gpus > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={options.gpus}"]
-    call([*launcher, *script, f"--max_seq_length={options.length}"])
-    found = json.loads(result.read_text())
-    seconds, tokens = found["seconds"][WARM_UP:], found["tokens"][WARM_UP:]
-    return {
-        "what": name,
-        "processes": found["processes"],
-        "tokens_per_second": sum(tokens) / sum(seconds),
-        "step_seconds": statistics.median(seconds),
-        "step_seconds_p90": sorted(seconds)[int(len(seconds) * 0.9)],
-        "losses": found["losses"],
-        "used_bytes": found["used_bytes"],
-    }
-
-
-def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All runs, in turn."""
-    model = options.model or make_model(options.shape, folder / "model")
-    files = {"short": make_rows(model, folder / "short.jsonl", 40 * options.steps)}
-    if "full" in options.rows:
-        files["full"] = make_rows(model, folder / "full.jsonl", 8 * options.steps, options.length)
-    skip, engines = set(options.skip.split(",")), options.engines.split(",")
-    batch = f"--global_batch_size={SAMPLES * options.gpus}"
-    on = [f"--max_steps={options.steps}", *(["--hardware=cpu:2"] if options.small else [])]
-    for kind, turn in product(options.rows.split(","), range(options.repeat)):
-        rows = files[kind]
-        if not options.small and "reference" not in skip:
-            yield reference(folder, f"reference-{kind}-{turn}", model, rows, options)
-        for engine in engines:
-            name = f"{engine}-{kind}-{turn}"
-            yield ours(folder, name, model, rows, options, f"--engine={engine}", batch, *on)
-            if options.gpus > 1 and "single" not in skip:
-                single = [f"--engine={engine}", f"--global_batch_size={SAMPLES}", "--max_devices=1", *on]
-                yield ours(folder, f"single-{name}", model, rows, options, *single)
-    if not options.small and "limit" not in skip:
-        for kind, engine in product(options.rows.split(","), engines):
-            run, result = folder / f"{engine}-{kind}-0", folder / f"limit-{engine}-{kind}.json"
-            call([sys.executable, str(HERE / "captured_limit.py"), str(run), str(result)])
-            limit = json.loads(result.read_text())
-            speed = limit["tokens"] / statistics.median(limit["seconds"])
-            yield {"what": f"limit-{engine}-{kind}", **limit, "tokens_per_second": speed}
-    if not options.small and "overhead" not in skip:
-        same = [
-            "--engine=unsloth",
-            "--per_device_train_batch_size=1",
-            "--gradient_accumulation_steps=4",
-            "--capture=off",
-            "--padding_free=off",
-            "--use_gradient_checkpointing=unsloth",
-            "--optim=adamw_8bit",
-            f"--max_steps={options.steps // 2}",
-        ]
-        yield ours(folder, "arranged-as-the-reference", model, files["short"], options, *same)
+def _steady(values: list[Any], warm_up: int) -> list[Any]:
+    return values[min(warm_up, len(values) // 2) :]
 
 
 def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Ratios of medians over repetitions; the best engine is the one that counts."""
 
-    def speed(prefix: str) -> float | None:
-        speeds = [row["tokens_per_second"] for row in rows if row["what"].startswith(prefix)]
-        return statistics.median(speeds) if speeds else None
+    def median(prefix: str, name: str = "tokens_per_second") -> float | None:
+        values = [row[name] for row in rows if row["what"].startswith(prefix) and row.get(name) is not None]
+        return statistics.median(values) if values else None
 
     def ratio(over: float | None, under: float | None) -> float | None:
         return over / under if over and under else None
 
-    engine = max(options.engines.split(","), key=lambda each: speed(f"{each}-") or 0.0)
-    slow = next((row["step_seconds"] for row in rows if row["what"].startswith("reference-short")), None)
-    same = next((row["step_seconds"] for row in rows if row["what"] == "arranged-as-the-reference"), None)
+    def losses(prefix: str) -> list[float]:
+        return next((row["losses"] for row in rows if row["what"].startswith(prefix) and "losses" in row), [])
+
+    engines, kinds = options.engines.split(","), options.rows.split(",")
+    engine = max(engines, key=lambda each: median(f"{each}-") or 0.0)
     result: dict[str, Any] = {
         "engine": engine,
-        "ratio_to_reference": ratio(speed(f"{engine}-short"), speed("reference-short")),
-        "ratio_to_reference_full_rows": ratio(speed(f"{engine}-full"), speed("reference-full")),
-        "share_of_captured_limit_full_rows": ratio(speed(f"{engine}-full"), speed(f"limit-{engine}-full")),
-        "overhead": same / slow - 1 if same and slow else None,
+        "ratio_to_reference": ratio(median(f"{engine}-short"), median("reference-short")),
+        "ratio_to_reference_full_rows": ratio(median(f"{engine}-full"), median("reference-full")),
+        "share_of_captured_limit_full_rows": ratio(median(f"{engine}-full"), median(f"limit-{engine}-full")),
         "weak_scaling": None,
     }
-    for each in options.engines.split(","):
-        for kind in options.rows.split(","):
-            scaling = ratio(speed(f"{each}-{kind}"), speed(f"single-{each}-{kind}"))
-            if scaling:
-                result[f"weak_scaling_{each}_{kind}"] = scaling / options.gpus
-                result["weak_scaling"] = max(result["weak_scaling"] or 0.0, scaling / options.gpus)
+    for who, kind in product([*engines, "reference"], kinds):
+        for name in ("tokens_per_second", "model_flops_utilisation", "host_seconds"):
+            result[f"{name}_{who}_{kind}"] = median(f"{who}-{kind}", name)
+    for each, kind in product(engines, kinds):
+        curves = losses(f"{each}-{kind}"), losses(f"reference-{kind}")
+        result[f"losses_apart_{each}_{kind}"] = apart(*curves) if all(curves) else None
+        scaling = ratio(median(f"{each}-{kind}"), median(f"single-{each}-{kind}"))
+        if scaling:
+            result[f"weak_scaling_{each}_{kind}"] = scaling / options.gpus
+            result["weak_scaling"] = max(result["weak_scaling"] or 0.0, scaling / options.gpus)
+            filled = "filled_tokens_per_second"
+            computed = ratio(median(f"{each}-{kind}", filled), median(f"single-{each}-{kind}", filled))
+            result[f"weak_scaling_filled_{each}_{kind}"] = computed / options.gpus if computed else None
     return result
 
 
 def main(arguments: list[str]) -> Path:
     """Run the benchmark; returns the file written."""
     options = parse(arguments)
+    hardware = hardware_name(options.gpus)
     if options.small:
         options.shape, options.engines, options.rows, options.length = "tiny", "transformers", "short", 128
-        options.gpus = 2
-        hardware = "cpu"
-    else:
-        import torch
-
-        hardware = f"{options.gpus}x{torch.cuda.get_device_name(0).replace(' ', '-')}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    path: Path = options.results / f"ddp_speed.{hardware}.json"
-    record: dict[str, Any] = {
-        "name": "ddp_speed",
-        "hardware": hardware,
-        "versions": {},
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "examples/benchmarks/ddp_speed.py", *arguments]),
-        "shape": options.shape,
-        "rows": [],
-    }
+        options.gpus, options.skip, hardware = 2, "reference,limit", "cpu"
+    record = Record("ddp_speed", hardware, options.results, arguments, shape=options.shape)
     with tempfile.TemporaryDirectory() as folder:
-        for row in measure(Path(folder), options):
+        for row in Benchmark(Path(folder), options).measure():
             print(json.dumps({key: row[key] for key in row if key not in ("losses", "versions")}), flush=True)
-            record["versions"] |= row.pop("versions", {})
-            record["rows"].append(row)
-            # After each run: what was measured stays if a later one fails.
-            record["figures"] = figures(record["rows"], options)
-            path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["figures"], indent=1))
-    return path
+            record.add(row, lambda rows: figures(rows, options))
+    print(json.dumps(record.content["figures"], indent=1))
+    return record.path
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def wanted_names(strategies: str | None, strategy: str) -> tuple[str, ...]:
         ConfigError: there is no such strategy.
     """
     asked = [name.strip() for name in (strategies or "").split(",") if name.strip()]
+    if strategies is not None and not asked:
+        raise ConfigError("--strategies names none", "Leave it out to compare all.")
     if not asked:
         asked = [*BUILT_IN] if strategy == "auto" else [SINGLE, strategy]
     names: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from parallel_tune.bench.view import text_table, write_views
 from parallel_tune.bench.work import Work, lay_out
 from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
+from parallel_tune.data.loading import local_files
 from parallel_tune.decision import find_hardware
 from parallel_tune.launch import stop_signals
 from parallel_tune.memory.facts import ModelFacts
@@ -206,10 +208,14 @@ def bench(config: TrainConfig, request: Request) -> None:
             f"bench starts its processes itself, and {launch.launcher} has started {launch.world_size} already",
             "Run `parallel-tune bench` by itself.",
         )
-    if request.reference:
+    if request.reference is not None:
         reference_argv(request.reference, dict.fromkeys(WORDS, ""))  # before hours are spent
     names = wanted_names(request.strategies, config.strategy)
     hardware = find_hardware(config)
+    # What is wrong with the model or the data is wrong for all arms, and is better said once.
+    load_model_facts(config.model)
+    if config.raw_text is None:
+        local_files(config.dataset, config.dataset_split)
     folder = _make_folder(config)
     if config.gradient_accumulation_steps is not None:
         click.echo("accumulation steps follow from the global batch and the processes of each strategy")
@@ -223,6 +229,8 @@ def bench(config: TrainConfig, request: Request) -> None:
             click.echo(line)
         click.echo(f"{arm.label}: {headline(arm.plan) if arm.plan else f'not run: {arm.reason}'}")
     if not runnable(arms):
+        with contextlib.suppress(OSError):  # it held something before
+            folder.rmdir()
         raise NoStrategyFits(
             "nothing of what was to be compared can be run here: "
             + "; ".join(f"{arm.label}: {arm.reason}" for arm in arms),

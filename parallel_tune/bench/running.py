@@ -17,6 +17,7 @@ from parallel_tune.gauges import Gauge, open_gauge
 from parallel_tune.launch import Watcher, launch_spec
 from parallel_tune.progress import MetricsFollower
 from parallel_tune.report import read as read_report
+from parallel_tune.reporting.figures import read_timeline
 from parallel_tune.startup import clocks
 from strategies.errors import ParallelTuneError, RunFailed
 
@@ -47,6 +48,7 @@ class Timed:
     skipped: int
     first_step_seconds: float | None = None
     devices: list[dict[str, Any]] = field(default_factory=list)
+    timeline: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,14 +89,21 @@ def run_arm(arm: Arm, steps: int, skipped: int, folder: Path) -> Timed:
         # A full model for each repetition would fill a disk.
         for path in (run.result(config), *run.path.glob("checkpoint-*")):
             shutil.rmtree(path, ignore_errors=True)
-    return _figures(read_report(run.report), rundir.read_metrics(run), skipped, busy.shares())
+    timeline = read_timeline(run.timeline)
+    return _figures(read_report(run.report), rundir.read_metrics(run), skipped, busy.shares(), timeline)
 
 
-def _figures(report: dict[str, Any], rows: list[dict[str, Any]], skipped: int, busy: list[float | None]) -> Timed:
+def _figures(
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    skipped: int,
+    busy: list[float | None],
+    timeline: list[dict[str, Any]],
+) -> Timed:
     devices = []
     for place, device in enumerate(report["devices"]):
         seen = busy[place] if place < len(busy) else None
-        # Of lanes the recorded schedule of a step says it exactly.
+        # Of a split the recorded schedule of a step says it exactly.
         devices.append({**device, "busy_share": device.get("busy_share", seen)})
     startup = report["startup_seconds"]
     return Timed(
@@ -105,6 +114,7 @@ def _figures(report: dict[str, Any], rows: list[dict[str, Any]], skipped: int, b
         skipped=skipped,
         first_step_seconds=startup["total"],
         devices=devices,
+        timeline=timeline,
         details={
             "startup_seconds": startup,
             "padding_free": report["padding_free"],

@@ -15,6 +15,7 @@ from parallel_tune.gpus import SUSTAINED_SHARE
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.speed import model_flops
 from parallel_tune.planning import training_settings
+from parallel_tune.reporting.schedule import places_of
 from strategies.contracts import Hardware
 
 
@@ -95,9 +96,20 @@ def arm_figures(measured: Measured, facts: ModelFacts, hardware: Hardware, work:
         "predicted_tokens_per_second": arm.plan.predicted_tokens_per_second,
         "devices": _devices(runs),
         "final_loss": [run.losses[-1] for run in runs],
+        "schedule": _schedule(measured),
         "failed": measured.failed,
         "runs": [_run(run) for run in runs],
     }
+
+
+def _schedule(measured: Measured) -> dict[str, Any] | None:
+    """The last step of the run of median speed, and the device of each stage; None where nothing was split."""
+    assert measured.arm.plan is not None
+    shown = [run for run in measured.runs if run.timeline]
+    if not shown:
+        return None
+    middle = sorted(shown, key=lambda run: run.tokens_per_second)[len(shown) // 2]
+    return {"places": places_of(measured.arm.plan.devices), "segments": middle.timeline}
 
 
 def _run(run: Timed) -> dict[str, Any]:

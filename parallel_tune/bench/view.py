@@ -12,6 +12,7 @@ from parallel_tune.reporting.axes import size
 from parallel_tune.reporting.bars import Bar, BarChart, bar_chart, draw_bars
 from parallel_tune.reporting.html import join, page, table, tag
 from parallel_tune.reporting.pictures import have_matplotlib
+from parallel_tune.reporting.schedule import Schedule, draw_schedules, schedule_chart
 from parallel_tune.rundir import write_atomically
 
 HEAD = ["", "devices", "tokens/s", "spread", "samples/s", "speed-up", "scaling", "MFU", "peak memory", "predicted"]
@@ -138,10 +139,19 @@ def charts(results: dict[str, Any]) -> list[BarChart]:
     return [*found, BarChart("Peak memory of each device, | is the prediction", "GiB", memory)] if memory else found
 
 
+def schedules(results: dict[str, Any]) -> list[Schedule]:
+    """A step of each arm that split the model, on the clock of its devices."""
+    return [
+        Schedule(arm["label"], arm["schedule"]["segments"], [(int(i), str(n)) for i, n in arm["schedule"]["places"]])
+        for arm in results["arms"]
+        if arm["schedule"] is not None
+    ]
+
+
 def write_views(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write bench.html, and bench.png where matplotlib is installed; returns what was written."""
+    """Write bench.html and, where matplotlib is installed, bench.png and the splits' schedule.png; returns which."""
     head, rows = table_rows(results)
-    drawn = charts(results)
+    drawn, steps = charts(results), schedules(results)
     title = f"Benchmark of {results['model'].rstrip('/').rpartition('/')[2]}"
     html = page(
         title,
@@ -152,10 +162,14 @@ def write_views(results: dict[str, Any], folder: Path) -> list[Path]:
         join(*(tag("p", note, class_="muted") for note in notes(results))),
         tag("h2", "Charts"),
         tag("div", *(bar_chart(chart) for chart in drawn), class_="charts"),
+        *([tag("h2", "Schedules"), schedule_chart(steps)] if steps else []),
     )
     written = [folder / "bench.html"]
     write_atomically(written[0], html)
     if have_matplotlib():
         written.append(folder / "bench.png")
         draw_bars(drawn, written[1])
+        if steps:
+            written.append(folder / "schedule.png")
+            draw_schedules(steps, written[2])
     return written

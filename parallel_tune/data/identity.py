@@ -31,10 +31,10 @@ def data_identity(config: TrainConfig, rows: Sequence[Row] | None) -> dict[str, 
     """
     shared = {"split": config.dataset_split, "max_rows": config.max_rows}
     if config.raw_text is not None:
-        return {"text": _digest(Path(config.raw_text).expanduser()), "max_rows": config.max_rows}
+        return {"text": file_digest(Path(config.raw_text).expanduser()), "max_rows": config.max_rows}
     files = local_files(config.dataset, config.dataset_split)
     if files is not None:
-        return {**shared, "files": [[file.suffix.lower(), _digest(file)] for file in files]}
+        return {**shared, "files": [[file.suffix.lower(), file_digest(file)] for file in files]}
     # The datasets package derives it from repository, commit, configuration and split.
     fingerprint = getattr(rows, "_fingerprint", None)
     return {**shared, "fingerprint": fingerprint, "rows": len(rows or ())} if fingerprint else None
@@ -64,7 +64,7 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        found["files"] = [[str(path.relative_to(folder)), _digest(path)] for path in files]
+        found["files"] = [[str(path.relative_to(folder)), file_digest(path)] for path in files]
     return found
 
 
@@ -74,14 +74,20 @@ def key_of(config: TrainConfig, data: Mapping[str, Any], tokenizer: Any) -> str:
         "data": data,
         "tokenizer": tokenizer_identity(tokenizer),
         "settings": [config.max_seq_length, config.answers_only, config.chunk_size, config.stride],
-        "code": [__version__, *(_digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "code": code_identity(),
         "byteorder": sys.byteorder,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def code_identity() -> list[str | None]:
+    """What tells the code that encodes from that of any other version."""
+    own = (file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py")))
+    return [__version__, *own, *(f"{name} {_version(name)}" for name in PACKAGES)]
+
+
+def file_digest(path: Path) -> str:
+    """What tells a file's content from any other."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

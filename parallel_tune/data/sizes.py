@@ -21,18 +21,17 @@ WORTH_CAPTURING = 16
 """Micro-batches that a size must have on average: recording one takes as long as about ten eager passes."""
 
 
-def choose_sizes(tokens: Sequence[int], processes: int = 1) -> tuple[int, ...]:
+def choose_sizes(tokens: Sequence[int]) -> tuple[int, ...]:
     """Sizes, ascending, of which each micro-batch takes the smallest that holds it: least padding and recording.
 
     Exact: a size is one of the rounded token counts, and the best last gap is sought for each (dynamic programming
     over sorted counts). Empty where there are too few micro-batches for any size to pay.
 
     Args:
-        tokens: of each micro-batch of the run, those of all processes.
-        processes: each records for itself.
+        tokens: of each micro-batch of the run; of those that several processes work on at once, the largest, for which
+            the others wait.
     """
-    worth = WORTH_CAPTURING * processes
-    if len(tokens) < worth:
+    if len(tokens) < WORTH_CAPTURING:
         return ()
     step = STEP_TOKENS * max(1, -(-max(tokens) // (STEP_TOKENS * MOST_STEPS)))
     counted = Counter(-(-count // step) * step for count in tokens)
@@ -40,7 +39,7 @@ def choose_sizes(tokens: Sequence[int], processes: int = 1) -> tuple[int, ...]:
     before = [0]
     for size in sizes:
         before.append(before[-1] + counted[size])
-    most = min(MOST_SIZES, len(tokens) // worth, len(sizes))
+    most = min(MOST_SIZES, len(tokens) // WORTH_CAPTURING, len(sizes))
     # best[k][i]: tokens, filled up, of all micro-batches up to the i-th size, held by k sizes
     best: list[list[float]] = [[0.0] + [float("inf")] * len(sizes)]
     cut: list[list[int]] = [[0] * (len(sizes) + 1)]
@@ -52,7 +51,7 @@ def choose_sizes(tokens: Sequence[int], processes: int = 1) -> tuple[int, ...]:
             row[end] = costs[cuts[end]]
         best.append(row)
         cut.append(cuts)
-    count = min(range(1, most + 1), key=lambda k: best[k][-1] + k * SIZE_COSTS_TOKENS * processes)
+    count = min(range(1, most + 1), key=lambda k: best[k][-1] + k * SIZE_COSTS_TOKENS)
     chosen, end = [], len(sizes)
     for k in range(count, 0, -1):
         chosen.append(sizes[end - 1])

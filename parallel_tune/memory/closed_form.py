@@ -60,20 +60,34 @@ class ClosedFormEstimator:
             context_bytes=context + scratch,
             reserve_bytes=max(
                 self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
-                self._captured_reserve_bytes(peak, arrangement),
+                self._captured_reserve_bytes(peak, part, arrangement),
             ),
         )
 
-    def _captured_reserve_bytes(self, peak: MemoryEstimate, arrangement: Arrangement) -> int:
+    def _captured_reserve_bytes(self, peak: MemoryEstimate, part: Part, arrangement: Arrangement) -> int:
         """Recordings keep their memory; the eager pass before the next one has its own."""
         if not arrangement.captured:
             return 0
+        others = self._other_recordings_bytes(part, arrangement)
         a_pass = peak.activations_bytes + peak.cross_entropy_bytes
         if self.second_pass_tokens is None:
-            return a_pass
+            return others + a_pass
         # All but the tables of positions grows with the tokens.
         second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
-        return max(second, min(a_pass, CAPTURED_RESERVE_BYTES))
+        return others + max(second, min(a_pass, CAPTURED_RESERVE_BYTES))
+
+    def _other_recordings_bytes(self, part: Part, arrangement: Arrangement) -> int:
+        """What other lanes' recordings keep beside what their waiting micro-batches hold, which the peak counts.
+
+        The last stage's recordings share their memory: no micro-batch waits there.
+        """
+        if part.head or arrangement.lanes == 1:
+            return 0
+        alone, together = (
+            max(moment.activations_bytes for moment in self.phases(part, each))
+            for each in (replace(arrangement, lanes=1), arrangement)
+        )
+        return arrangement.lanes * alone - together
 
     def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
         """The caching allocator's own: freed blocks that no later tensor fitted into."""

@@ -8,9 +8,7 @@ the prediction stays what it is. It serves machines where they are wrong by abou
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parallel_tune.cache import cache_folder
+from parallel_tune.cache import append_lines, cache_folder
 from parallel_tune.memory.machine_key import MachineKey
 from parallel_tune.memory.settings import TrainingSettings
 from strategies.base import Estimator
@@ -106,15 +104,7 @@ def remember(key: MachineKey, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OSError: the cache cannot be written.
     """
-    path = path_of(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        text = "".join(json.dumps({**row, "key": asdict(key)}) + "\n" for row in rows)
-        # A writer that was killed may have left half a line: it ends here.
-        file.write(b"\n" + text.encode() if _ends_amid_a_line(path) else text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path_of(key), [{**row, "key": asdict(key)} for row in rows])
 
 
 def learned(key: MachineKey, kind: str, measured_constants: bool) -> Correction | None:
@@ -146,14 +136,6 @@ def _rows(key: MachineKey) -> Iterator[dict[str, Any]]:
             continue  # half a line, or not ours
         if isinstance(row, dict) and row.get("key") == asdict(key):
             yield row
-
-
-def _ends_amid_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,15 @@ def load_model_config(
     )
 
 
+def model_folder(model: str) -> Path | None:
+    """Where a model's files lie on this machine: its folder, or its snapshot in the Hub cache; None if they do not."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    cached = _cached_config(model, "main")
+    return cached.parent if cached is not None else None
+
+
 def catalog() -> dict[str, dict[str, Any]]:
     """The built-in rows: canonical name -> {parameters, aliases, config}."""
     text = resources.files("parallel_tune").joinpath("catalog.json").read_text(encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import os
+import platform
 import re
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -48,6 +50,17 @@ def machine_key(gpu: str, driver: str) -> MachineKey:
     except importlib.metadata.PackageNotFoundError:
         bitsandbytes = ABSENT
     return MachineKey(gpu, driver, torch, cuda, bitsandbytes)
+
+
+def cpu_key() -> MachineKey:
+    """The key of this machine's CPU, by its model and the cores that this process may use."""
+    model = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux
+    return machine_key(model, f"{len(os.sched_getaffinity(0))} cores")
 
 
 @lru_cache(maxsize=1)

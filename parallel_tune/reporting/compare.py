@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import click
 
@@ -15,6 +16,7 @@ from parallel_tune.reporting.html import page, table, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, Point, line_chart
 from parallel_tune.reporting.pictures import MISSING, draw, have_matplotlib
 from parallel_tune.reporting.run_page import LOSS, STEP, points
+from parallel_tune.reporting.schedule import Schedule, draw_schedules, places_of, schedule_chart
 from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError
 
@@ -22,6 +24,8 @@ HEAD = ["run", "strategy", "engine", "trained", "processes", "global batch", "st
 HEAD += ["samples/s", "tokens/s", "final loss", "peak memory"]
 TEXT_COLUMNS = 4
 MOST_RUNS = 10
+WIDEST_RIM = 8.0
+"""How much wider than its own line the lowest of curves that coincide may be, in points."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Chart:
 
 
 def compare(paths: Sequence[Path], output: Path) -> None:
-    """Print the table, and write compare.html and compare.png.
+    """Print the table, and write compare.html, compare.png and, where splits are among the runs, schedule.png.
 
     Raises:
         ConfigError: a folder is no run, there are too many, or the output cannot be written.
@@ -49,11 +53,24 @@ def compare(paths: Sequence[Path], output: Path) -> None:
         html, png = output / "compare.html", output / "compare.png"
         write_atomically(html, render(runs, names, charts))
         if have_matplotlib():
-            draw([(chart.frame, chart.curves) for chart in charts], png)
+            draw([(chart.frame, chart.curves) for chart in charts], png, speed_rows(runs, names))
+            if schedules := schedules_of(runs, names):
+                draw_schedules(schedules, output / "schedule.png")
     except OSError as error:
         raise ConfigError(f"cannot write into {output}: {error.strerror}", "Choose another --output.") from error
     click.echo(f"\nwritten: {html}")
     click.echo(f"written: {png}" if have_matplotlib() else MISSING)
+    if have_matplotlib() and schedules_of(runs, names):
+        click.echo(f"written: {output / 'schedule.png'}")
+
+
+def schedules_of(runs: Sequence[RunFigures], names: Sequence[str]) -> list[Schedule]:
+    """The last step of each run that split its model."""
+    return [
+        Schedule(name, run.timeline, places_of(run.plan.devices))
+        for run, name in zip(runs, names, strict=True)
+        if run.timeline
+    ]
 
 
 def unique_names(runs: Sequence[RunFigures]) -> list[str]:
@@ -86,6 +103,13 @@ def row(run: RunFigures, name: str) -> list[str]:
     ]
 
 
+def speed_rows(runs: Sequence[RunFigures], names: Sequence[str]) -> list[list[str]]:
+    """The rows of the picture's table, its head first."""
+    shown = ("run", "trained", "processes", "samples/s", "tokens/s", "final loss")
+    rows = [HEAD, *(row(run, name) for run, name in zip(runs, names, strict=True))]
+    return [[cells[HEAD.index(name)] for name in shown] for cells in rows]
+
+
 def text_table(runs: Sequence[RunFigures], names: Sequence[str]) -> str:
     """The table for the terminal: a column a run, so that it stays narrow."""
     columns = [HEAD, *(row(run, name) for run, name in zip(runs, names, strict=True))]
@@ -115,19 +139,20 @@ def make_charts(runs: Sequence[RunFigures], names: Sequence[str]) -> list[Chart]
 
 def nested_curves(names: Sequence[str], of_runs: Sequence[list[Point]]) -> list[Curve]:
     """A curve a run. At one global batch runs coincide by steps: the earlier is then drawn wider, and all are seen."""
-    curves = []
-    for place, (name, mine) in enumerate(zip(names, of_runs, strict=True)):
-        above = sum(coincide(mine, other) for other in of_runs[place + 1 :])
-        curves.append(Curve(name, mine, place, 2.0 + 2.5 * above))
-    return curves
+    over = [sum(coincide(mine, other) for other in of_runs[place + 1 :]) for place, mine in enumerate(of_runs)]
+    rim = min(2.5, WIDEST_RIM / max(1, *over))
+    return [
+        Curve(name, mine, place, 2.0 + rim * above)
+        for place, (name, mine, above) in enumerate(zip(names, of_runs, over, strict=True))
+    ]
 
 
 def coincide(one: list[Point], other: list[Point]) -> bool:
-    """Whether curves that share places differ by less than the eye sees, 1% of their range."""
+    """Whether curves differ by less than the eye sees, 1% of their range, at most of the places that they share."""
     there = dict(other)
     shared = [(y, there[x]) for x, y in one if x in there and x > 0]
     values = [y for pair in shared for y in pair]
-    return bool(shared) and max(abs(a - b) for a, b in shared) <= 0.01 * (max(values) - min(values))
+    return bool(shared) and median(abs(a - b) for a, b in shared) <= 0.01 * (max(values) - min(values))
 
 
 def over_time(run: RunFigures) -> list[Point]:
@@ -143,6 +168,9 @@ def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Ch
     """compare.html."""
     models = sorted({run.config.model.rstrip("/").rpartition("/")[2] for run in runs})
     rows = [row(run, name) for run, name in zip(runs, names, strict=True)]
+    schedules = schedules_of(runs, names)
+    trained = HEAD.index("trained")
+    rows = [[*cells[:trained], cells[trained].replace(" ", "\u00a0"), *cells[trained + 1 :]] for cells in rows]
     return page(
         f"{len(runs)} runs compared",
         tag("h1", f"{len(runs)} runs compared"),
@@ -151,4 +179,5 @@ def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Ch
         table(HEAD, rows, TEXT_COLUMNS),
         tag("h2", "Curves"),
         tag("div", *(line_chart(chart.frame, chart.curves) for chart in charts), class_="charts"),
+        *([tag("h2", "Schedules"), schedule_chart(schedules)] if schedules else []),
     )

@@ -43,7 +43,7 @@ class RunFigures:
         report: report.json; None if the run did not end well.
         training: rows of optimizer steps, in order.
         held_out: rows of evaluations, in order.
-        timeline: the schedule of one pipelined step, if the run wrote it.
+        timeline: the schedule of a split's last step, if the run wrote it.
         ended: how it ended, in words.
     """
 
@@ -131,7 +131,7 @@ def load(path: Path) -> RunFigures:
 
 
 def read_timeline(path: Path) -> list[Row]:
-    """Segments of one pipelined step; none where there is no such file or it is not whole."""
+    """Segments of one step of a split; none where there is no such file or it is not whole."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         segments = said["segments"] if isinstance(said, dict) else said

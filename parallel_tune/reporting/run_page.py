@@ -14,7 +14,7 @@ from parallel_tune.reporting.figures import Row, RunFigures, load
 from parallel_tune.reporting.html import Markup, join, page, table, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, line_chart
 from parallel_tune.reporting.memory_chart import memory_section
-from parallel_tune.reporting.schedule import schedule_chart
+from parallel_tune.reporting.schedule import Schedule, places_of, schedule_chart
 from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError
 
@@ -60,12 +60,19 @@ def render(run: RunFigures) -> str:
         _charts(run),
         tag("h2", "Memory"),
         memory_section(run),
-        *([tag("h2", "Schedule"), schedule_chart(run.timeline, run.plan.devices)] if run.timeline else []),
+        *_schedule(run),
         tag("h2", "Plan"),
         _plan(run),
         tag("h2", "Settings and versions"),
         _settings(run),
     )
+
+
+def _schedule(run: RunFigures) -> list[Markup]:
+    if not run.timeline:
+        return []
+    schedule = Schedule("", run.timeline, places_of(run.plan.devices))
+    return [tag("h2", "Schedule"), schedule_chart([schedule])]
 
 
 def _facts(run: RunFigures) -> Markup:
@@ -167,6 +174,7 @@ def _plan(run: RunFigures) -> Markup:
     )
     said = [[part.strip() for part in text.split("  ", 1)] for text in facts(plan)]
     said += [["why", reason] for reason in plan.reasons]
+    said += [["figures", source] for source in plan.basis]
     said += [["not taken", f"{rejection.strategy}: {rejection.reason}"] for rejection in plan.rejected]
     if plan.launch:
         said.append(["command", shlex.join(plan.launch)])

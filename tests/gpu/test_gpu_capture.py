@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def qwen3_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen3-1b")
-    subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "benchmarks" / "shapes.py"), "qwen3-1b", folder], check=True
-    )
-    return folder
 
 
 def train(model: Path, run: Path, *options: str) -> tuple[list[float], dict[str, Any]]:
@@ -55,13 +47,15 @@ def train(model: Path, run: Path, *options: str) -> tuple[list[float], dict[str,
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "4bit"])
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_a_captured_run_follows_the_eager_one(engine: str, four_bit: bool, qwen3_1b: Path, tmp_path: Path) -> None:
+def test_a_captured_run_follows_the_eager_one(
+    engine: str, four_bit: bool, shape: Callable[[str], Path], tmp_path: Path
+) -> None:
     needed = [*(["unsloth"] if engine == "unsloth" else []), *(["bitsandbytes"] if four_bit else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {' and '.join(missing)}")
     options = [f"--engine={engine}", *(["--load_in_4bit"] if four_bit else [])]
-    eager, _ = train(qwen3_1b, tmp_path / "eager", *options, "--capture=off")
-    captured, report = train(qwen3_1b, tmp_path / "captured", *options)
+    eager, _ = train(shape("qwen3-1b"), tmp_path / "eager", *options, "--capture=off")
+    captured, report = train(shape("qwen3-1b"), tmp_path / "captured", *options)
     found = report["captured"]
     print(engine, four_bit, found, eager[-1], captured[-1])
     assert found["reason"] is None

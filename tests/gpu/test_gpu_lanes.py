@@ -25,6 +25,7 @@ from torch import Tensor
 
 from strategies.pipeline import Lanes
 from strategies.stages import Stages, split
+from strategies.turns import Turns
 from strategies.visit import Visit
 
 pytestmark = [
@@ -238,6 +239,51 @@ def test_two_gpus_work_at_once() -> None:
         assert all(a.end <= b.start + 1e-4 for a, b in pairwise(segments))
 
 
+@pytest.mark.parametrize("where", ["one", "two", "three on two"])
+def test_the_naive_schedule_is_timed_by_events(where: str) -> None:
+    """Each stage is seen, one at a time, and the gradients are those of the model without a clock."""
+    devices = places(where)
+    stages = made_stages("1b", devices)
+    inputs = batches("1b", devices, 4, 1024)
+    reference = [naive(stages.model, inputs) for _ in range(3)]
+    turns = Turns(stages, align_clocks=True)
+    for _ in range(2):
+        stages.model.zero_grad(set_to_none=True)
+        turns.run(inputs, forward_of(stages.model))
+    within_noise(reference, [gradients(stages.model)])
+    timeline = turns.timeline()
+    last = len(devices) - 1
+    way = [*((stage, "forward") for stage in range(last)), (last, "forward+backward")]
+    way += [(stage, "backward") for stage in reversed(range(last))]
+    assert [(s.micro_batch, s.stage, s.direction) for s in timeline] == [(m, *part) for m in range(4) for part in way]
+    # Times of distinct GPUs compare up to the clocks' alignment.
+    assert all(one.end <= other.start + 1e-3 for one, other in pairwise(timeline))
+    print(where, [(s.stage, s.direction, round(1e3 * s.start, 2), round(1e3 * s.end, 2)) for s in timeline])
+
+
+def test_a_run_teaches_later_plans_its_stage_times(shape: Callable[[str], Path], tmp_path: Path) -> None:
+    """One run of two stages, in lanes; the plan after it says what was measured, and predicts from it."""
+    options = ("--engine", "transformers", "--strategy", "model_parallel", "--pipeline", "on")
+    run_training(shape("llama-1b"), tmp_path / "run", *options, "--max_steps", "10")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    before = json.loads((tmp_path / "run" / "plan.json").read_text())
+    data = Path(__file__).parents[2] / "examples" / "short_answers.jsonl"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "parallel_tune", "plan", "--json", "--model", str(shape("llama-1b")), "--stages", "2",
+            "--dataset", str(data), "--global_batch_size", "12", "--per_device_train_batch_size", "2",
+            "--max_seq_length", "512", *options,
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    after = json.loads(done.stdout)
+    print(*after["basis"], sep="\n")
+    rates = (before["predicted_tokens_per_second"], after["predicted_tokens_per_second"], report["tokens_per_second"])
+    print("formula, by stage times (rows full), measured (short rows):", rates, report["stage_seconds"])
+    assert any("stage times of NVIDIA" in said for said in after["basis"])
+    assert any("by the formula alone" in said for said in after["basis"])
+
+
 def run_training(folder: Path, run: Path, *options: str) -> list[tuple[float, float]]:
     """Losses and gradient norms of a whole run through the command line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
@@ -256,23 +302,16 @@ def run_training(folder: Path, run: Path, *options: str) -> list[tuple[float, fl
     return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def llama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama-1b")
-    subprocess.run([sys.executable, str(Path(__file__).with_name("shapes.py")), "llama-1b", str(folder)], check=True)
-    return folder
-
-
 @pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "4bit"])
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_whole_runs_agree(engine: str, four_bit: bool, llama_1b: Path, tmp_path: Path) -> None:
+def test_whole_runs_agree(engine: str, four_bit: bool, shape: Callable[[str], Path], tmp_path: Path) -> None:
     """On as many GPUs as the machine has, up to two."""
     needed = [*(["unsloth"] if engine == "unsloth" else []), *(["bitsandbytes"] if four_bit else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {' and '.join(missing)}")
     options = ["--engine", engine, *(["--load_in_4bit"] if four_bit else [])]
-    off = run_training(llama_1b, tmp_path / "off", *options, "--pipeline", "off")
-    on = run_training(llama_1b, tmp_path / "on", *options, "--pipeline", "on")
+    off = run_training(shape("llama-1b"), tmp_path / "off", *options, "--pipeline", "off")
+    on = run_training(shape("llama-1b"), tmp_path / "on", *options, "--pipeline", "on")
     report = json.loads((tmp_path / "on" / "report.json").read_text())
     assert (report["lanes"], report["lanes_reason"]) == (2, None)
     print(engine, four_bit, off, on, report["devices"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pynvml
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DATASET = ROOT / "examples" / "short_answers.jsonl"
 
 
 def family(process: subprocess.Popen[bytes]) -> set[int]:
@@ -26,19 +28,27 @@ def family(process: subprocess.Popen[bytes]) -> set[int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("capture", ["off", "auto"])
-def test_no_process_holds_memory_on_two_cards(capture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+@pytest.mark.parametrize("how", ["eager", "captured", "script"])
+def test_no_process_holds_memory_on_two_cards(
+    how: str, engine: str, shape: Callable[[str], Path], tmp_path: Path
+) -> None:
     pynvml.nvmlInit()
     if pynvml.nvmlDeviceGetCount() < 2:
         pytest.skip("needs two GPUs")
-    shapes = ROOT / "examples" / "benchmarks" / "shapes.py"
-    subprocess.run([sys.executable, shapes, "llama-1b", tmp_path / "model"], check=True)
     run = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "parallel_tune", f"--model={tmp_path / 'model'}", "--strategy=ddp",
-        f"--dataset={ROOT / 'examples' / 'short_answers.jsonl'}", "--engine=transformers", "--max_seq_length=256",
-        "--max_steps=150", "--global_batch_size=8", f"--output_dir={run}", "--report_to=none", f"--capture={capture}",
-    ]  # fmt: skip
+    model = shape("llama-1b")
+    if how == "script":
+        script = ROOT / "examples" / "scripts" / ("unsloth_sft.py" if engine == "unsloth" else "trl_sft.py")
+        options = ["launch", "--strategy=ddp", f"--output_dir={run}", script, model, DATASET, tmp_path / "out"]
+    else:
+        options = [
+            f"--model={model}", "--strategy=ddp", f"--dataset={DATASET}", f"--engine={engine}", "--max_seq_length=256",
+            "--global_batch_size=8", f"--output_dir={run}", "--report_to=none",
+            f"--capture={'auto' if how == 'captured' else 'off'}",
+        ]  # fmt: skip
+    steps = 150 if how == "captured" else 30
+    command = [sys.executable, "-P", "-m", "parallel_tune", *options, f"--max_steps={steps}"]
     cards = {number: pynvml.nvmlDeviceGetHandleByIndex(number) for number in (0, 1)}
     held: dict[int, set[int]] = {}
     process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)

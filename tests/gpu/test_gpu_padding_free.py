@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,17 +43,15 @@ def test_gradients_of_joined_rows_are_those_of_padded_rows(engine: str, family: 
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
-def test_whole_runs_agree(engine: str, tmp_path: Path) -> None:
+def test_whole_runs_agree(engine: str, shape: Callable[[str], Path], tmp_path: Path) -> None:
     if engine == "unsloth" and importlib.util.find_spec("unsloth") is None:
         pytest.skip("needs unsloth")
     root = Path(__file__).parents[2]
-    shapes = root / "examples" / "benchmarks" / "shapes.py"
-    subprocess.run([sys.executable, str(shapes), "llama-1b", str(tmp_path / "model")], check=True)
     rows = {}
     for padding_free in ("off", "on"):
         run = tmp_path / padding_free
         command = [
-            sys.executable, "-m", "parallel_tune", f"--model={tmp_path / 'model'}", f"--engine={engine}",
+            sys.executable, "-m", "parallel_tune", f"--model={shape('llama-1b')}", f"--engine={engine}",
             f"--dataset={root / 'examples' / 'short_answers.jsonl'}", "--max_seq_length=256", "--max_steps=6",
             "--global_batch_size=8", "--per_device_train_batch_size=4", "--strategy=ddp", f"--output_dir={run}",
             f"--padding_free={padding_free}", "--report_to=none",

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "llama-1b"
-    subprocess.run([sys.executable, ROOT / "examples/benchmarks/shapes.py", "llama-1b", folder], check=True)
-    return folder
+def model(shape: Callable[[str], Path]) -> Path:
+    return shape("llama-1b")
 
 
 def launched(folder: Path, strategy: str, script: str, model: Path) -> Path:

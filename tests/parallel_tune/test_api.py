@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import option_types
 import pytest
+import torch
 
 import parallel_tune
+from parallel_tune.data.loading import load_rows
+from parallel_tune.in_memory import dataset_path
 from parallel_tune.launch import LaunchSpec, Watcher
 from parallel_tune.rundir import RunDir
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, StrategiesCombined
@@ -46,6 +54,86 @@ def test_tune_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     with pytest.raises(StrategiesCombined, match="tune\\(\\) starts its processes itself"):
         parallel_tune.tune(model="m", dataset="d", hardware="cpu:2")
+
+
+def test_the_types_of_options_are_those_of_the_settings() -> None:
+    path = Path(parallel_tune.__file__).with_name("option_types.py")
+    assert path.read_text() == option_types.render()
+
+
+CALLS = """
+from pathlib import Path
+from typing import Unpack
+from parallel_tune.option_types import Options
+def tune(**options: Unpack[Options]) -> None: ...
+tune(r=8, output_dir=Path("out"), use_gradient_checkpointing="full", target_modules=["q_proj"], learning_rate=1)
+tune(learning_rat=1e-4)
+tune(r="8")
+tune(save_method="merged")
+"""
+
+
+def test_a_type_checker_sees_what_is_wrong_with_a_call(tmp_path: Path) -> None:
+    (tmp_path / "calls.py").write_text(CALLS)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", tmp_path, "calls.py"]
+    checkout = Path(parallel_tune.__file__).parents[1]
+    path = {} if "site-packages" in str(checkout) else {"MYPYPATH": str(checkout)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=dict(os.environ) | path, capture_output=True, text=True, timeout=300, check=False
+    )
+    wrong = [line.split(":")[1] for line in done.stdout.splitlines() if "error:" in line]
+    assert wrong == ["7", "8", "9"], done.stdout
+    assert '"learning_rat"' in done.stdout
+    for function in (parallel_tune.tune, parallel_tune.plan):
+        assert inspect.signature(function).parameters["options"].annotation == "Unpack[Options]"
+
+
+def test_rows_in_memory_are_written_once_under_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pandas
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = [{"prompt": "a", "completion": "ß"}, {"prompt": "b", "completion": "c"}]
+    paths = {
+        dataset_path(given) for given in (rows, tuple(rows), datasets.Dataset.from_list(rows), pandas.DataFrame(rows))
+    }
+    assert len(paths) == 1
+    assert load_rows(paths.pop()) == rows
+    assert dataset_path(Path("rows.jsonl")) == dataset_path("rows.jsonl") == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train": [{"text": "a"}]}, r'with train, not rows.*dataset\["train"\]'),
+        ([], "no rows"),
+        (["a"], "row 0 of the dataset is a str"),
+        ([{"text": object()}], "row 0 of the dataset is no JSON"),
+        (7, "of type int"),
+        (iter([{"text": "a"}]), "neither a name nor rows"),
+    ],
+)
+def test_what_is_no_dataset_is_refused(given: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError) as raised:
+        parallel_tune.tune(model="m", dataset=given, hardware="cpu:1")
+    assert re.search(said, f"{raised.value.message} {raised.value.hint}")
+
+
+def test_a_loaded_model_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^model is a Linear in this process") as raised:
+        parallel_tune.tune(model=torch.nn.Linear(2, 2), dataset="d")  # type: ignore[arg-type]
+    assert "save_pretrained" in raised.value.hint
+
+
+def test_a_plan_is_described_as_on_the_command_line() -> None:
+    said = parallel_tune.describe(parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="2xT4-16GB"))
+    assert said.startswith("ddp with unsloth: 2 processes")
+
+
+def test_paths_and_other_names_are_options_too() -> None:
+    named = {"model_name": "unsloth/Llama-3.2-1B-Instruct", "lora_rank": 8}
+    assert parallel_tune.plan(**named, output_dir=Path("out"), hardware="1xH100-80GB").fits  # type: ignore[misc]
 
 
 def test_there_is_nothing_else() -> None:

@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ def test_no_weights_are_left_and_pictures_are(done: Any) -> None:
     assert page.count("<svg") == 2 and "model_parallel, lanes" in page
 
 
+def test_naive_and_lanes_are_drawn_on_one_axis(done: Any, results: dict[str, Any]) -> None:
+    shown = {arm["name"]: arm["schedule"] for arm in results["arms"]}
+    assert shown["single"] is None and shown["ddp"] is None
+    assert len(shown["naive"]["segments"]) == len(shown["lanes"]["segments"]) == 3 * GLOBAL_BATCH
+    serial = shown["naive"]["segments"]
+    assert all(one["end"] <= other["start"] for one, other in pairwise(serial))
+    page = (done.run / "bench.html").read_text()
+    assert page.count("time within the step (ms)") == 1
+    assert "model_parallel, naive: " in page and "model_parallel, lanes: " in page
+    assert (done.run / "schedule.png").stat().st_size > 5_000
+    for arm in results["arms"][2:]:
+        assert all(0 < device["busy_share"] <= 1 for device in arm["devices"])
+
+
 def test_what_cannot_run_is_listed_and_a_failed_reference_takes_nothing(bench: Any) -> None:
     ended = bench.ended(
         "bench", "--hardware=cpu:1", "--steps=3", "--repeat=2", f"--reference={sys.executable} -c 'raise SystemExit(3)'"
@@ -177,6 +192,26 @@ def test_it_does_not_run_inside_a_launcher(bench: Any) -> None:
     ended = bench.ended("bench", "--hardware=cpu:2", env=env)
     assert ended.code == 4 and "bench starts its processes itself" in ended.err
     assert not ended.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--dataset=nowhere.jsonl", "nowhere.jsonl' is not there"),
+        ("--model=/nowhere", "nothing is known of model '/nowhere'"),
+        ("--strategies=", "--strategies names none"),
+        ("--reference=", "--reference is empty"),
+        ("--max_devices=0", "max_devices = 0"),
+    ],
+)
+def test_what_is_wrong_for_all_is_said_once(
+    wrong: str, said: str, bench: Any, tied_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    given = (f"--model={tied_model}", f"--dataset={rows_file}", f"--output_dir={tmp_path / 'out'}", "--hardware=cpu:2")
+    ended = bench.ended("bench", *given, wrong, base=False)
+    assert ended.code == 2
+    assert (ended.out + ended.err).count(said) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_of_what_is_compared() -> None:

@@ -50,13 +50,48 @@ def test_replicas_on_gpus_are_captured(engine: str) -> None:
         ({"lora_dropout": 0.1}, "dropout"),
         ({"use_gradient_checkpointing": "full"}, "recomputed"),
         ({"model": MIXTURE, "load_in_4bit": True}, "expert"),
-        ({"strategy": "model_parallel", "hardware": "2xH100-80GB"}, "model_parallel has no captured step"),
+        ({"strategy": "model_parallel", "hardware": "2xH100-80GB", "lora_dropout": 0.1}, "dropout"),
+        ({"strategy": "model_parallel", "hardware": "cpu:2", "engine": "transformers"}, "need a GPU"),
+        ({"strategy": "model_parallel", "hardware": "2xH100-80GB", "capture": "off"}, "--capture off"),
     ],
 )
 def test_why_steps_are_not_captured(options: dict[str, Any], reason: str) -> None:
     plan = plan_of(**options)
     assert not plan.captured
     assert reason in plan.uncaptured_reason
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "transformers"])
+@pytest.mark.parametrize("hardware", ["2xH100-80GB", "4xA100-40GB"])
+def test_a_split_models_stages_on_gpus_are_captured(hardware: str, engine: str) -> None:
+    options: dict[str, Any] = {"hardware": hardware, "engine": engine, "strategy": "model_parallel"}
+    plan = plan_of(**options)
+    assert plan.captured and plan.uncaptured_reason == ""
+    assert plan.lanes == len(plan.devices)
+    eager = plan_of(**options, capture="off")
+    assert plan.predicted_tokens_per_second > eager.predicted_tokens_per_second
+    assert plan_of(**options, pipeline="off").captured
+
+
+def test_every_lane_of_a_split_keeps_recordings_of_its_own_but_in_the_last_stage() -> None:
+    facts = load_model_facts(QWEN)
+    settings = training_settings(make_config({"model": QWEN}), facts, "transformers", "bfloat16", padding_free=True)
+    estimator = ClosedFormEstimator(facts, replace(settings, sequence_length=1024), second_pass_tokens=0)
+    device = Device(0, "H200", "cuda", 150 * 2**30, 150 * 2**30)
+
+    def peaks(first: int, last: int) -> list[Any]:
+        part = Part(first, last, embedding=first == 0, head=last == facts.num_layers - 1)
+        return [
+            estimator.memory(part, Arrangement(1, 1, 8, "none", lanes, 2, captured=True), device) for lanes in (1, 2, 3)
+        ]
+
+    one, two, three = peaks(0, 17)
+    # A waiting micro-batch holds less than the whole of a pass, which a lane's recordings keep.
+    assert two.activations_bytes - one.activations_bytes < one.activations_bytes
+    kept = [each.peak_bytes - one.peak_bytes for each in (two, three)]
+    assert kept[0] >= one.activations_bytes
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.05)
+    assert len({each.peak_bytes for each in peaks(18, facts.num_layers - 1)}) == 1
 
 
 def test_capturing_that_was_asked_for_is_refused_where_it_cannot_be() -> None:

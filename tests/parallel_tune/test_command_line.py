@@ -57,8 +57,8 @@ def invoke(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--strategy=model_parallel"], "model_parallel has no captured step"),
-        (["--model=unsloth/Qwen3-32B"], "model_parallel has no captured step"),
+        (["--strategy=model_parallel", "--lora_dropout=0.1"], "with dropout"),
+        (["--model=unsloth/Qwen3-32B", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
         (["--strategy=ddp", "--use_gradient_checkpointing=full"], "recomputed activations are not captured"),
         (["--strategy=ddp", "--hardware=2xT4-16GB"], "rows are padded"),
     ],
@@ -88,6 +88,37 @@ def test_help_is_short_and_help_all_is_whole() -> None:
     assert "--strategy" in invoke("--help")
     assert "resume" in invoke("--help")
     assert invoke("--version").strip() == f"parallel-tune, version {__version__}"
+
+
+VERBS = ["train", "plan", "bench", "launch", "resume", "export", "report", "compare", "doctor", "demo", "completion"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--help-all"], *([verb, "--help"] for verb in VERBS)])
+def test_help_fits_eighty_columns_and_cuts_nothing_off(arguments: list[str]) -> None:
+    result = CliRunner().invoke(program, arguments, prog_name="parallel-tune", env={"COLUMNS": "80"})
+    lines = result.output.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert [line for line in lines[1:] if line.rstrip().endswith("...")] == []
+
+
+def test_help_begins_with_the_strategy_and_names_every_verb() -> None:
+    said = invoke("--help")
+    assert re.findall(r"^(\w[\w ]*):$", said, re.MULTILINE)[0] == "Strategy and hardware"
+    assert "--version" in said
+    assert all(re.search(rf"^  {verb} +\w", said, re.MULTILINE) for verb in VERBS)
+    # A schedule's ten names stand in its text, where they can be broken.
+    whole = " ".join(invoke("--help-all").split())
+    assert "--lr_scheduler_type NAME" in whole and "constant_with_warmup, inverse_sqrt" in whole
+    assert "gate_proj, up_proj, down_proj" in whole
+
+
+def test_a_recipe_may_stand_by_itself(tmp_path: Path) -> None:
+    """As LLaMA-Factory takes it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("r: 8\n")
+    for verb in ([], ["train"]):
+        assert yaml.safe_load(invoke(*verb, str(path), "--print-config", "--lora_alpha=3"))["r"] == 8
+    assert json.loads(invoke("plan", str(path), "--hardware=2xH100-80GB", "--json"))["fits"]
 
 
 @pytest.mark.parametrize("name", ["--global_batch_size", "--global-batch-size"])

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from parallel_tune.cli import program
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from strategies.errors import ConfigError
 
@@ -34,6 +36,33 @@ def test_unknown_keys_are_errors_with_a_near_match() -> None:
     assert error.hint == "Did you mean learning_rate?"
     assert error.exit_code == 2
     assert "--help-all" in refused({"zzz": 1}).hint
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "hint"),
+    [
+        ("finetuning_type", "LLaMA-Factory's", "--full_finetuning"),
+        ("quantization_bit", "LLaMA-Factory's", "--load_in_4bit"),
+        ("stage", "LLaMA-Factory's", "`launch`"),
+        ("use_peft", "TRL's", "adapters are the default"),
+        ("enable-wandb", "unsloth train's", "--report_to wandb"),
+        ("dataloader_num_workers", "TrainingArguments'", "Leave it out"),
+    ],
+)
+def test_other_tools_options_are_answered_with_ours(name: str, said: str, hint: str) -> None:
+    for error in (refused({name: 1}), CliRunner().invoke(program, ["plan", f"--{name}", "1"]).exception):
+        assert isinstance(error, ConfigError)
+        assert said in error.message and hint in error.hint
+
+
+def test_none_is_none_under_its_name() -> None:
+    config = make_config({"loftq_config": "None", "lanes": "none", "lr_scheduler_kwargs": "null", "run_name": "None"})
+    assert (config.loftq_config, config.lanes, config.lr_scheduler_kwargs, config.run_name) == (
+        None,
+        None,
+        None,
+        "None",
+    )
 
 
 def test_dashes_and_aliases_name_the_same_option() -> None:

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 import parallel_tune
+from parallel_tune import export as exporting
+from strategies.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CONVERTER = """
 import pathlib, sys
+import conversion  # as llama.cpp's has it, beside itself
 folder, _, out, _, kind = sys.argv[1:]
 assert (pathlib.Path(folder) / "model.safetensors").exists()
 pathlib.Path(out).write_text(kind)
@@ -43,25 +46,47 @@ def export(run: parallel_tune.Run, folder: Path, *options: str, **environment: s
     )  # fmt: skip
 
 
-def test_a_merged_model_gives_the_adapters_logits(run: parallel_tune.Run, tmp_path: Path) -> None:
-    done = export(run, tmp_path, "--save_method", "merged_16bit")
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module", params=["ddp", "model_parallel"])
+def by_strategy(request: pytest.FixtureRequest, run: parallel_tune.Run) -> parallel_tune.Run:
+    """As `run`, on two devices."""
+    return parallel_tune.tune(
+        model=run.config.model, dataset=ROOT / "examples" / "short_answers.jsonl", hardware="cpu:2", max_steps=3,
+        max_seq_length=64, global_batch_size=4, learning_rate=3e-2, warmup_steps=0, strategy=request.param,
+        output_dir=run.path.with_name(request.param),
+    )  # fmt: skip
+
+
+def load(path: Path | str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_adapter_and_merged_models_load_elsewhere_and_give_the_same_logits(
+    by_strategy: parallel_tune.Run, tmp_path: Path
+) -> None:
+    run = by_strategy
+    for method in ("lora", "merged_16bit", "merged_4bit"):
+        done = export(run, tmp_path / method, "--save_method", method)
+        assert done.returncode == 0, done.stderr
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    def load(path: Path | str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("The quick brown fox", return_tensors="pt")["input_ids"]
+    merged_folder = tmp_path / "merged_16bit" / "out"
+    ids = AutoTokenizer.from_pretrained(merged_folder)("The quick brown fox", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         base = load(run.config.model)(ids).logits
-        adapted = PeftModel.from_pretrained(load(run.config.model), str(run.adapter))(ids).logits
-        merged = load(tmp_path / "out")(ids).logits
+        adapted = PeftModel.from_pretrained(load(run.config.model), str(tmp_path / "lora" / "out"))(ids).logits
+        merged = load(merged_folder)(ids).logits
+        in_4bit = load(tmp_path / "merged_4bit" / "out")(ids).logits
     moved, off = (adapted - base).abs().max(), (merged - adapted).abs().max()
+    # 4-bit weights are rounded far more; the model is still the trained one.
+    assert (in_4bit - adapted).norm() < (in_4bit - base).norm()
     # What is left is the rounding of the weights to 16 bit.
     assert off < moved / 20
-    assert "16" in json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert "16" in json.loads((merged_folder / "config.json").read_text())["dtype"]
 
 
 def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Run, tmp_path: Path) -> None:
@@ -97,24 +122,57 @@ def test_gguf_goes_through_llama_cpp_or_is_refused(run: parallel_tune.Run, tmp_p
     assert "convert_hf_to_gguf.py" in refused.stderr
     assert not (tmp_path / "out").exists()
     (tmp_path / "cpp" / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (tmp_path / "cpp" / "conversion.py").touch()
     options = ("--save_method", "gguf", "--quantization", "q8_0")
     done = export(run, tmp_path, *options, LLAMA_CPP_DIR=str(tmp_path / "cpp"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model-q8_0.gguf").read_text() == "q8_0"
 
 
+@pytest.mark.parametrize(
+    ("missing", "beside", "refused"),
+    [("sentencepiece", "gguf-py", True), ("gguf", "other", True), ("gguf", "gguf-py", False), ("none", "other", False)],
+)
+def test_what_the_converter_imports_is_asked_for_before_anything_is_trained(
+    missing: str, beside: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    (tmp_path / beside).mkdir()
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == missing else name)
+    wanted = exporting.Export("gguf", str(tmp_path / "out"))
+    if not refused:
+        assert exporting.check_means(wanted).converter == str(tmp_path / "convert_hf_to_gguf.py")
+        return
+    with pytest.raises(ConfigError, match=f"needs the package {missing}") as raised:
+        exporting.check_means(wanted)
+    assert "parallel-tune[gguf]" in raised.value.hint
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as a push of small files asks for."""
 
-    asked: list[tuple[str, str | None, bytes]]
+    asked: list[tuple[str, str | None, bytes]] = []  # noqa: RUF012
+    mode = "regular"
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.asked.append((self.path, self.headers.get("Authorization"), body))
         answer: dict[str, Any] = {"url": "https://huggingface.co/me/tuned", "name": "me/tuned"}
         if "/preupload/" in self.path:
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            answer = {"files": files}
+            weights = ".safetensors"
+            answer["files"] = [
+                {
+                    **file,
+                    "uploadMode": self.mode if file["path"].endswith(weights) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            here = f"http://{self.headers['Host']}/storage"
+            objects = [{**found, "actions": {"upload": {"href": here}}} for found in json.loads(body)["objects"]]
+            answer = {"transfer": "basic", "objects": objects}
         elif "/commit/" in self.path:
             answer = {"commitUrl": "https://huggingface.co/me/tuned/commit/1", "commitOid": "1", "hookOutput": ""}
         text = json.dumps(answer).encode()
@@ -124,7 +182,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    do_GET = do_POST  # noqa: N815
+    do_GET = do_PUT = do_POST  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -132,7 +190,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[HTTPServer]:
-    Hub.asked = []
+    Hub.asked, Hub.mode = [], "regular"
     server = HTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -158,6 +216,22 @@ def test_a_push_sends_the_folder_with_the_token(run: parallel_tune.Run, tmp_path
     changing = [token for path, token, _ in Hub.asked if "/commit/" in path or path.endswith("/repos/create")]
     assert changing == ["Bearer hf_secret"] * 2
     assert "hf_secret" not in log + done.stdout + done.stderr
+
+
+def test_large_files_go_to_the_hubs_storage_without_the_token(
+    run: parallel_tune.Run, tmp_path: Path, hub: HTTPServer
+) -> None:
+    Hub.mode = "lfs"
+    hub_is = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = export(run, tmp_path, "--push_model", "me/tuned", "--hub_token", "hf_secret", **hub_is)
+    assert done.returncode == 0, done.stderr + (run.path / "logs" / "export.log").read_text()
+    sent = {path: (token, body) for path, token, body in Hub.asked}
+    token, body = sent["/storage"]
+    assert token is None
+    assert body == (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert b"lfsFile" in next(body for path, (_, body) in sent.items() if "/commit/" in path)
+    for path in (path for path in run.path.rglob("*") if path.is_file()):
+        assert b"hf_secret" not in path.read_bytes(), path
 
 
 def test_a_run_that_is_not_finished_is_refused(run: parallel_tune.Run, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_failed_export_leaves_the_adapter(run_it: Any, tmp_path: Path) -> None
         (("--save_gguf",), "convert_hf_to_gguf.py"),
         (("--save_gguf", "--quantization=q4_k"), "does not write q4_k"),
         (("--push_model", "--hub_path=me/tuned"), "needs a token"),
+        (("--push_model", "--hub_path=me/tuned", "--hub_token=hf_x"), "HF_HUB_OFFLINE is set"),
         (("--push_model", "--hub_path=me/t u"), "hub_path"),
         (("--save_model", "--save_path={taken}"), "is there already"),
     ],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.data.known_lengths import lengths_file
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, measure_rows
 from parallel_tune.memory.lookup import load_model_facts
@@ -128,6 +133,43 @@ def test_the_lengths_are_those_of_the_rows_trained_on(tied_model: Any, rows_file
         measure_rows(make_config({**options, "dataset": "nowhere.jsonl"}))
     with pytest.raises(ConfigError, match="tokenizer"):
         measure_rows(make_config({**options, "model": "/nowhere"}))
+
+
+def test_lengths_are_measured_once_for_what_they_depend_on(
+    tied_model: Any, rows_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    for file in tied_model.glob("*.json*"):
+        shutil.copy(file, model / file.name)
+    shutil.copy(rows_file, data)
+    config = make_config({"model": str(model), "dataset": str(data), "val_size": 6, "max_seq_length": 64})
+    started: list[Any] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *given, **how: started.append(given) or run(*given, **how))
+    first = measure_rows(config)
+    assert len(started) == 1
+    assert measure_rows(config).lengths == first.lengths and len(started) == 1
+    # What is not of the rows changes nothing; what is, does.
+    assert measure_rows(config.replace(learning_rate=1e-3, max_steps=3)).lengths == first.lengths and len(started) == 1
+    known = lengths_file(config)
+    assert known is not None and known.exists()
+    for change in ({"max_seq_length": 32}, {"val_size": 7}, {"seed": 1}, {"answers_only": True}, {"max_rows": 9}):
+        other = lengths_file(config.replace(**change))
+        assert other is not None and not other.exists(), change
+    assert lengths_file(config.replace(data_cache=False)) is None
+    (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + " ")
+    assert lengths_file(config) not in (None, known)
+    # A torn file is none.
+    lengths_file(config).write_text('{"lengths": [3, ')  # type: ignore[union-attr]
+    assert measure_rows(config).lengths == first.lengths and len(started) == 2
+    with data.open("a") as file:
+        file.write(json.dumps({"instruction": "alpha", "input": "", "output": "beta"}) + "\n")
+    assert len(measure_rows(config).lengths) == len(first.lengths) + 1 and len(started) == 3
+    template = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + str(template.get("chat_template", "")))
+    assert lengths_file(config) is None
 
 
 def test_a_run_plans_for_its_rows(tune: Any, single_run: Any) -> None:

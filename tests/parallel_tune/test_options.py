@@ -101,7 +101,7 @@ def test_the_learning_rate_follows_its_schedule(many: Any) -> None:
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
 
     steps = [row["step"] for row in many.metrics]
-    assert steps == [1, 3, 6, 9, 12]  # logging_steps, and the first
+    assert steps == [1, 3, 4, 6, 8, 9, 12]  # logging_steps, the first, and evaluations
     assert [row["learning_rate"] for row in many.metrics] == pytest.approx([RATE * rate(step - 1) for step in steps])
 
 
@@ -117,6 +117,16 @@ def test_checkpoints_and_evaluations_come_with_the_epochs(many: Any) -> None:
     assert sorted(path.name for path in many.run.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     rows = [json.loads(line) for line in (many.run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 4, 8, 12]
+
+
+def test_steps_between_rows_are_counted_too(run_it: Any, rows_file: Path) -> None:
+    """Rows that come seldom: one at the last step, at a checkpoint, and the sums are those of all steps."""
+    data = (f"--dataset={rows_file}", "--max_seq_length=256", "--global_batch_size=4", "--hardware=cpu:1")
+    run = run_it(*data, "--max_steps=5", "--logging_steps=100", "--save_steps=3")
+    assert [row["step"] for row in run.metrics] == [1, 3, 5]
+    assert run.report["samples"] == sum(row["samples"] for row in run.metrics) == 5 * 4
+    assert run.report["tokens"] == sum(row["tokens"] for row in run.metrics)
+    assert run.report["final_loss"] == run.losses[-1]
 
 
 def test_trackers_know_the_run_by_its_name(many: Any) -> None:

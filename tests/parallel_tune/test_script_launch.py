@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+COMMAND = (sys.executable, "-P", "-m", "parallel_tune", "launch", "--output_dir", "run")
+
+
+def environment(folder: Path) -> dict[str, str]:
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "TORCHELASTIC_", "SLURM_"))}
+    return clean | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def launch(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "parallel_tune", "launch", "--output_dir", "run", *map(str, arguments)],
-        env=clean | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"},
+        [*COMMAND, *map(str, arguments)],
+        env=environment(folder),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -71,11 +80,24 @@ def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_it
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path) -> None:
-    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("model_parallel", 1)])
+def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path, strategy: str, processes: int) -> None:
+    done = launch(tmp_path, "--strategy", strategy, "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == 2
+    assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == processes
+    # Three steps of two rows a process, of 16.
+    epoch = re.findall(r"'epoch': '([\d.]+)'", done.stdout)
+    assert float(epoch[-1]) == pytest.approx(3 * 2 * processes / 16, rel=0.01)
+
+
+def test_a_trainer_script_runs_in_one_process_too(tmp_path: Path, model: Path) -> None:
+    data = ROOT / "examples" / "short_answers.jsonl"
+    options = ("--strategy", "model_parallel", "--hardware", "cpu:2")
+    done = launch(tmp_path, *options, SCRIPTS / "train_lm.py", model, data, "out", "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "'epoch': '0.01504'" in done.stdout  # two steps of two of the 266 rows
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("script", "length"), [("unsloth_sft.py", "--max_seq_length"), ("trl_sft.py", "--max_length")])
@@ -117,6 +139,36 @@ def test_a_map_that_reading_cannot_see_is_refused_as_it_is_loaded(tmp_path: Path
     assert "went on" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        "from peft import AutoPeftModelForCausalLM\nAutoPeftModelForCausalLM.from_pretrained(sys.argv[2], **HOW)",
+        "from transformers import pipeline\npipeline('text-generation', model=sys.argv[1], **HOW)",
+        "import accelerate\naccelerate.load_checkpoint_and_dispatch(model(), sys.argv[1], **HOW)",
+        "import accelerate\naccelerate.dispatch_model(model(), {'model': 0, 'lm_head': 1})",
+        "from unsloth import FastLanguageModel as F\nF.from_pretrained(sys.argv[1], **HOW)",
+        "from transformers import AutoModelForCausalLM as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
+    ],
+)
+def test_the_guard_stands_at_every_door(tmp_path: Path, model: Path, load: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    imports, _, call = load.partition("\n")
+    (tmp_path / "train.py").write_text(
+        f"{imports}\nimport sys\nHOW = {{'device_' + 'map': 'auto'}}\n"
+        "def model():\n    import transformers\n"
+        "    return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        f"try:\n    {call.replace(chr(10), chr(10) + '    ')}\nexcept Exception:\n    raise\nprint('went on')\n"
+    )
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", model, tmp_path / "adapter")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert re.search(r"train.py:\d+: device_map=.* splits", done.stderr)
+    assert "went on" not in done.stdout
+
+
 def test_a_map_that_reading_sees_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("\n\nload('m', device_map='auto')\n")
     done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", "train.py")
@@ -144,3 +196,82 @@ def test_the_ways_a_script_may_end(tmp_path: Path, end: str, code: int) -> None:
     done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", "--strategy", "mine", "-x")
     assert done.returncode == code
     assert "arguments ['--strategy', 'mine', '-x']" in done.stdout
+
+
+INTERRUPTED = """
+import os, time
+print("begun", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    open("saved-" + os.environ.get("RANK", "0"), "w").close()
+    {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "then", "code"),
+    [("ddp", "pass", 0), ("model_parallel", "pass", 0), ("ddp", "raise", 1), ("model_parallel", "raise", 1)],
+)
+def test_an_interrupt_is_the_scripts_to_handle(tmp_path: Path, strategy: str, then: str, code: int) -> None:
+    """As when it runs by itself: Ctrl-C is a KeyboardInterrupt there, at which many a script saves."""
+    (tmp_path / "train.py").write_text(INTERRUPTED.format(then=then))
+    command = [*COMMAND, "--strategy", strategy, "--hardware", "cpu:2", "train.py"]
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, env=environment(tmp_path), cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+    logs = [tmp_path / "run" / "logs" / f"rank-{rank}.log" for rank in range(2 if strategy == "ddp" else 1)]
+    deadline = time.monotonic() + 240
+    while not all(log.exists() and "begun" in log.read_text() for log in logs):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(240) == code, (tmp_path / "said").read_text()
+    assert len(list(tmp_path.glob("saved-*"))) == len(logs)
+    assert ("the script was ended by a signal" in (tmp_path / "said").read_text()) == (code == 1)
+
+
+def test_a_traceback_begins_in_the_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import missing_module_of_mine\n")
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py")
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: No module named 'missing_module_of_mine'" in done.stdout
+    assert 'train.py", line 1, in <module>' in done.stdout
+    assert "runpy" not in done.stdout
+
+
+def test_an_option_that_is_unknown_is_not_taken_for_the_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    done = launch(tmp_path, "--stratgy", "ddp", "train.py")
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert "--strategy" in done.stderr.partition("--stratgy")[2]
+
+
+PROJECT = """
+import sys
+import helper, strategies
+print(helper.ABOUT, strategies.OURS, sys.argv[1:], flush=True)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+@pytest.mark.parametrize("name", ["train.py", "my training.py"])
+def test_a_script_in_another_folder_finds_its_neighbours(tmp_path: Path, strategy: str, name: str) -> None:
+    folder = tmp_path / "my project"
+    (folder / "strategies").mkdir(parents=True)
+    (folder / "strategies" / "__init__.py").write_text("OURS = 'mine'\n")
+    (folder / "helper.py").write_text("ABOUT = 'a neighbour'\n")
+    (folder / name).write_text(PROJECT)
+    arguments = ("two words", "--x=a b", "", "$HOME", "--help")
+    done = launch(tmp_path, "--strategy", strategy, "--hardware", "cpu:2", folder / name, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"a neighbour mine {list(arguments)}" in done.stdout
+
+
+def test_a_script_may_be_called_strategies(tmp_path: Path) -> None:
+    (tmp_path / "strategies.py").write_text("print('mine runs as', __name__)\n")
+    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", "strategies.py")
+    assert done.returncode == 0, done.stderr
+    assert "mine runs as __main__" in done.stdout

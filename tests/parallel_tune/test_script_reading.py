@@ -18,8 +18,20 @@ SPLITS = [
     'options = dict(device_map="sequential")',
     'options["device_map"] = "balanced_low_0"',
     'load("m", device_map={"model.layers.0": 0, "model.layers.1": "cuda:1"})',
+    'kwargs.setdefault("device_map", "auto")',
+    'args.device_map = "balanced"',
+    'setattr(args, "device_map", "auto")',
+    'options |= {"device_map": "auto"}',
+    'functools.partial(Model.from_pretrained, device_map="auto")',
+]
+BY_NAME = [
+    "device_map: str = 'auto'\nModel.from_pretrained('m', device_map=device_map)",
+    'MAP = {"model.layers.0": 0, "model.layers.1": 1}\nModel.from_pretrained("m", device_map=MAP)',
+    'HOW = "auto"\nModel.from_pretrained("m", **{"device_map": HOW})',
+    'HOW = "auto"\nFastLanguageModel.from_pretrained("m", device_map=HOW)',
 ]
 HARMLESS = [
+    "def load(name, device_map='auto'): return Model.from_pretrained(name, device_map=device_map)\nload('m', {'': 0})",
     'Model.from_pretrained("m", device_map={"": 0})',
     'Model.from_pretrained("m", device_map={"": local_rank})',
     'load("m", device_map={"a": 0, "b": "cuda:0"})',
@@ -28,6 +40,19 @@ HARMLESS = [
     'print("device_map=auto")',
     'subprocess.run(["git", "status"])',
     "spawn()",
+    "# device_map='auto', then torchrun train.py",
+    '"""Run with: torchrun train.py, or device_map=auto."""',
+    'parser.add_argument("--device_map", default="auto")',
+    "device_map = 'auto'\nif ddp:\n    device_map = {'': rank}\nload('m', device_map=device_map)",
+    "load('m', device_map='auto' if world_size == 1 else {'': rank})",
+    "if not is_distributed:\n    kwargs['device_map'] = 'auto'",
+    "if int(os.environ.get('WORLD_SIZE', 1)) > 1:\n    load('m')\nelse:\n    load('m', device_map='auto')",
+    "def load(name, device_map=None): return Model.from_pretrained(name, device_map=device_map)\nload('m')",
+    "import os\nrank = int(os.environ['LOCAL_RANK'])",
+    "import os\nos.environ.setdefault('LOCAL_RANK', '0')",
+    "import os\nif 'RANK' not in os.environ:\n    os.environ['RANK'] = '0'",
+    "import subprocess\nsubprocess.run(['grep', 'accelerated', me])",
+    "import subprocess\nprint('torchrun'); subprocess.run(command)",
 ]
 LAUNCHERS = [
     "from accelerate import notebook_launcher\nnotebook_launcher(train, num_processes=2)",
@@ -37,6 +62,13 @@ LAUNCHERS = [
     "import subprocess\nsubprocess.run(['accelerate launch', me])",
     "from subprocess import check_call as go\ngo('deepspeed train.py', shell=True)",
     "import subprocess, sys\nsubprocess.Popen([sys.executable, '-m', 'torch.distributed.run', me])",
+    "import subprocess\nsubprocess.run(['accelerate', 'launch', me])",
+    "from torch import multiprocessing\nmultiprocessing.start_processes(train, nprocs=2)",
+    "from torch.distributed.launcher import elastic_launch\nelastic_launch(settings, train)()",
+    "from torch.distributed.run import main as go\ngo(['--nproc-per-node=2', me])",
+    "from accelerate.commands.launch import launch_command\nlaunch_command(args)",
+    "from torch.multiprocessing.spawn import spawn\nspawn(train, nprocs=2)",
+    "import torch.distributed.launch\ntorch.distributed.launch.main()",
 ]
 
 
@@ -53,6 +85,56 @@ def test_a_split_is_refused_under_ddp_alone(tmp_path: Path, text: str) -> None:
         check(reading, "ddp")
     assert "--strategy model_parallel" in raised.value.hint
     check(reading, "model_parallel")
+
+
+@pytest.mark.parametrize("text", BY_NAME)
+def test_a_map_that_is_a_name_for_something_written_once_is_read(tmp_path: Path, text: str) -> None:
+    with pytest.raises(StrategiesCombined, match=r"train.py:3: device_map="):
+        check(read_script(script(tmp_path, text)), "ddp")
+
+
+def test_a_command_that_is_a_name_is_read(tmp_path: Path) -> None:
+    text = "import subprocess\ncommand = ['torchrun', me]\nsubprocess.run(command, check=True)"
+    with pytest.raises(StrategiesCombined, match=r"train.py:4: subprocess.run\(\) with torchrun"):
+        check(read_script(script(tmp_path, text)), "ddp")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "os.environ['{}'] = '0'",
+        "os.environ.update({{'{}': '0'}})",
+        "os.environ.update({}='0')",
+        "os.putenv('{}', '0')",
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_a_script_that_names_its_own_rank_is_refused(tmp_path: Path, name: str, text: str, strategy: str) -> None:
+    """Under ddp every process would be the same one; under model_parallel accelerate would look for others."""
+    reading = read_script(script(tmp_path, f"import os\n{text.format(name)}"))
+    with pytest.raises(StrategiesCombined, match=rf"train.py:3: .*{name}"):
+        check(reading, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_a_script_that_chooses_its_gpus_is_refused_where_there_are_several(tmp_path: Path, strategy: str) -> None:
+    reading = read_script(script(tmp_path, "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '0'"))
+    with pytest.raises(ConfigError, match=r"train.py:3: .*CUDA_VISIBLE_DEVICES") as raised:
+        check(reading, strategy, gpus=2)
+    assert "CUDA_VISIBLE_DEVICES=0 parallel-tune launch" in raised.value.hint
+    check(reading, strategy, gpus=1)
+    check(reading, strategy)
+    if_unset = "import os\nif not os.getenv('CUDA_VISIBLE_DEVICES'):\n    os.environ['CUDA_VISIBLE_DEVICES'] = '0'"
+    check(read_script(script(tmp_path, if_unset)), strategy, gpus=2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_data_parallel_inside_one_process_is_refused_where_there_are_several(tmp_path: Path, strategy: str) -> None:
+    reading = read_script(script(tmp_path, "from torch import nn\nmodel = nn.DataParallel(model)"))
+    with pytest.raises(StrategiesCombined, match=r"train.py:3: torch.nn.DataParallel"):
+        check(reading, strategy, gpus=2)
+    check(reading, strategy)
 
 
 @pytest.mark.parametrize("text", HARMLESS)
@@ -72,6 +154,22 @@ def test_a_process_group_is_refused_under_model_parallel_alone(tmp_path: Path) -
     with pytest.raises(StrategiesCombined, match=r"train.py:3: torch.distributed.init_process_group"):
         check(reading, "model_parallel")
     check(reading, "ddp")
+    guarded = "import torch.distributed as dist\nif world_size > 1:\n    dist.init_process_group('nccl')"
+    check(read_script(script(tmp_path, guarded)), "model_parallel")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AutoModelForCausalLM.from_pretrained('org/m')",
+        "MODEL = 'org/m'\nFastLanguageModel.from_pretrained(model_name=MODEL)",
+        "load = AutoModelForCausalLM.from_pretrained\nload('org/m')",
+        "from transformers import AutoModelForCausalLM as Auto\nAuto.from_pretrained('org/m')",
+        "SFTTrainer(model='org/m', args=args)",
+    ],
+)
+def test_the_model_is_read_where_it_is_written_out(tmp_path: Path, text: str) -> None:
+    assert read_script(script(tmp_path, text)).models == ("org/m",)
 
 
 def test_what_is_not_python_is_said_with_its_line(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 
 from parallel_tune.data.batching import IGNORED, fill_up, join
 from parallel_tune.data.sizes import SIZE_COSTS_TOKENS, STEP_TOKENS, choose_sizes, size_for
+from parallel_tune.gathering import fixed_sizes
+from parallel_tune.sampler import GlobalBatches
 
 
 def cost(tokens: list[int], sizes: tuple[int, ...]) -> int:
@@ -33,8 +36,22 @@ def test_rows_of_one_length_need_one_size_and_no_padding() -> None:
 
 def test_few_micro_batches_are_not_worth_it() -> None:
     assert choose_sizes([100] * 15) == ()
-    assert choose_sizes([100] * 31, processes=2) == ()
-    assert choose_sizes([100] * 32, processes=2) == (128,)
+    assert choose_sizes([100] * 16) == (128,)
+
+
+def test_of_micro_batches_at_once_the_largest_decides() -> None:
+    """A rank that has less waits for the one that has more: a size for its own micro-batch would save nothing."""
+    lengths = (100, 300) * 400
+    batches = GlobalBatches(lengths, (), 2, seed=0, joined=True)
+    plan = SimpleNamespace(processes=2, micro_batch=1, gradient_accumulation_steps=1)
+    longer = [max(lengths[sample] for sample in batches.sample_ids(step)) for step in range(400)]
+    sizes, most_rows = fixed_sizes(batches, [1] * 800, plan, 400)
+    assert (sizes, most_rows) == (choose_sizes(longer), 1)
+    both_short = longer.count(100)
+    # The short ones of mixed pairs are no reason for a size of their own; pairs that are all short are, if many.
+    assert (128 in sizes) == (both_short * (320 - 128) > SIZE_COSTS_TOKENS)
+    few = SimpleNamespace(processes=4, micro_batch=1, gradient_accumulation_steps=1)
+    assert fixed_sizes(GlobalBatches(lengths, (), 4, seed=0, joined=True), [1] * 800, few, 15) == ((), 1)
 
 
 def test_long_micro_batches_have_coarser_sizes() -> None:

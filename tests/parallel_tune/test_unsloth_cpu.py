@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,3 +18,24 @@ def test_unsloth_trains_as_transformers_does(strategy: str, hardware: str, tune:
     assert run.losses == pytest.approx(single_run.losses, rel=1e-4)
     assert run.report["held_out_loss_after"] == pytest.approx(single_run.report["held_out_loss_after"], rel=1e-4)
     assert (run.run / "adapter" / "adapter_model.safetensors").exists()
+
+
+EARLY = """
+import sys
+from strategies.ddp import DDP
+
+class Early(DDP):
+    name = "early"
+    auto_order = 130
+
+    def open(self, plan, timeout_seconds):
+        print("already imported:", sorted({"unsloth", "trl", "transformers", "peft"} & set(sys.modules)))
+        return super().open(plan, timeout_seconds)
+"""
+
+
+def test_the_strategy_takes_its_device_before_unsloth_is_imported(tune: Any, package: Any, tmp_path: Path) -> None:
+    """Unsloth's import uses the current GPU: a rank whose own is not yet chosen would leave a context on the first."""
+    env = package(tmp_path, "early = other:Early", EARLY)
+    run = tune("--engine=unsloth", "--strategy=early", "--hardware=cpu:1", "--max_steps=1", env=env)
+    assert "already imported: []" in (run.run / "logs" / "rank-0.log").read_text()

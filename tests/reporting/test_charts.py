@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from parallel_tune.reporting.axes import make_axis, size
 from parallel_tune.reporting.figures import read_timeline
 from parallel_tune.reporting.html import Markup, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, line_chart, thin
-from parallel_tune.reporting.schedule import busy_shares, schedule_chart
+from parallel_tune.reporting.schedule import Schedule, busy_shares, draw_schedules, places_of, schedule_chart
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -79,11 +80,32 @@ SEGMENTS: list[dict[str, Any]] = [
 
 def test_schedule_says_who_was_busy(make_plan: Any) -> None:
     assert busy_shares(SEGMENTS) == {0: 0.75, 1: 0.5}
-    picture = schedule_chart(SEGMENTS, make_plan(2, "model_parallel").devices)
+    places = places_of(make_plan(2, "model_parallel").devices)
+    picture = schedule_chart([Schedule("", SEGMENTS, places)])
     assert picture.count("<rect") == 4
     assert ">75% busy<" in picture and ">50% busy<" in picture
     assert "micro-batch 0, backward: 3000.0 to 4000.0 ms" in picture
-    assert schedule_chart([], ()) == ""
+    assert schedule_chart([]) == ""
+
+
+def test_schedules_share_one_axis_whatever_their_clocks_began_at(make_plan: Any, tmp_path: Path) -> None:
+    places = places_of(make_plan(2, "model_parallel").devices)
+    naive = [
+        {"stage": 0, "micro_batch": 0, "direction": "forward", "start": 90.0, "end": 91.0},
+        {"stage": 1, "micro_batch": 0, "direction": "forward+backward", "start": 91.0, "end": 93.0},
+        {"stage": 0, "micro_batch": 0, "direction": "backward", "start": 93.0, "end": 98.0},
+    ]
+    both = [Schedule("naive <b>", naive, places), Schedule("lanes $2", SEGMENTS, places)]
+    picture = schedule_chart(both)
+    assert "naive &lt;b&gt;: 8,000 ms, devices 50% busy on average" in picture
+    assert "lanes $2: 4,000 ms, devices 62% busy on average" in picture
+    assert picture.count("time within the step (ms)") == 1
+    # The naive step's end is the axis' end; the other's last bar ends in the middle of it.
+    wide = [float(found) for found in re.findall(r'<rect x="150" y="\d+" width="([\d.]+)"', picture)]
+    assert wide == [pytest.approx(860 / 8 - 1), pytest.approx(860 / 8 - 1)]
+    draw_schedules(both, tmp_path / "schedule.png")
+    assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["schedule.png"]
 
 
 def test_a_timeline_is_read_in_both_forms_and_a_broken_one_is_none(tmp_path: Path) -> None:

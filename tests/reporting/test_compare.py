@@ -61,6 +61,35 @@ def test_ddp_does_an_epoch_in_half_the_steps(three: list[RunDir]) -> None:
     assert [curve.width for curve in charts[0].curves] == [2.0, 2.0, 2.0]
 
 
+def test_runs_that_nearly_coincide_are_all_seen() -> None:
+    """One step apart, or many runs, hide no curve."""
+    near = [(float(step), 1.0 / (1 + step)) for step in range(40)]
+    once = [(x, y + (0.2 if x == 31 else 0.001)) for x, y in near]
+    far = [(x, y + 0.3) for x, y in near]
+    assert [curve.width for curve in comparing.nested_curves(["a", "b", "c"], [near, once, far])] == [4.5, 2.0, 2.0]
+    widths = [curve.width for curve in comparing.nested_curves(list("abcdefgh"), [near] * 8)]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 8
+    assert widths[0] <= 10 and widths[-1] == 2.0
+
+
+def test_the_picture_holds_the_table_of_speeds(three: list[RunDir], tmp_path: Path) -> None:
+    runs = [load(run.path) for run in three]
+    head, *rows = comparing.speed_rows(runs, ["one", "two", "qlora"])
+    assert head == ["run", "trained", "processes", "samples/s", "tokens/s", "final loss"]
+    for row, run in zip(rows, runs, strict=True):
+        cells = dict(zip(head, row, strict=True))
+        assert cells["samples/s"] == f"{run.totals.samples_per_second:,.2f}"
+        assert cells["tokens/s"] == f"{run.totals.tokens_per_second:,.0f}"
+    figure = pictures.make_figure([], [head, *rows])
+    said = [
+        cell.get_text().get_text()
+        for axes in figure.axes
+        for table in axes.tables
+        for cell in table.get_celld().values()
+    ]
+    assert sorted(said) == sorted(text for row in (head, *rows) for text in row)
+
+
 def test_command_prints_and_writes(three: list[RunDir], tmp_path: Path) -> None:
     output = tmp_path / "there" / "compare"
     result = CliRunner().invoke(cli.program, ["compare", *(str(run.path) for run in three), "--output", str(output)])

@@ -92,6 +92,19 @@ def test_panel_without_readings(make_plan: Callable[..., Plan]) -> None:
     assert drawn(shown, console)[-2].split()[-5:] == ["-", "-", "35.7", "79.6", "-"]
 
 
+@pytest.mark.parametrize(("width", "gone"), [(110, ()), (80, ()), (60, ("lr",)), (40, ("lr", "held out"))])
+def test_the_panel_keeps_its_lines_in_narrow_windows(width: int, gone: tuple[str, ...], make_plan: Any) -> None:
+    shown, _ = panel(make_plan(2), [None, None])
+    shown.show([{"step": 0, "epoch": 0.0, "eval_loss": 2.0}, *[{**ROW, "step": step} for step in range(1, 40)]])
+    lines = drawn(shown, Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None))
+    loss = next(line for line in lines if line.startswith("loss"))
+    assert "tok/s" in loss
+    for part in ("lr", "held out"):
+        assert (part in loss) == (part not in gone)
+    assert sum(line.startswith(("step", "loss")) for line in lines) == 2
+    assert max(map(len, lines)) <= width
+
+
 def test_spark_falls_with_the_loss() -> None:
     assert spark([float(value) for value in range(8, 0, -1)]) == "█▇▆▅▄▃▂▁"
     assert len(spark([1.0] * 500)) == 24

@@ -104,9 +104,59 @@ def test_lanes_are_planned_only_where_they_exist_and_help(model: Make, cards: Ma
     assert plan(one_micro_batch, cards("H100", "H100"), lanes_available=True).lanes == 1
 
 
-def test_offloaded_checkpointing_never_meets_lanes(model: Make, cards: Make) -> None:
+def test_lanes_keep_layer_inputs_on_the_card_where_offloading_was_asked_for(model: Make, cards: Make) -> None:
     made = model("8b", engine="unsloth", gradient_checkpointing="unsloth")
-    assert plan(made, cards("H100", "H100"), lanes_available=True).lanes == 1
+    pipelined = plan(made, cards("H100", "H100"), lanes_available=True)
+    assert (pipelined.lanes, pipelined.gradient_checkpointing) == (2, "full")
+    assert any("checkpointing full in place of unsloth" in reason for reason in pipelined.reasons)
+    off = plan(
+        model("8b", engine="unsloth", gradient_checkpointing="unsloth", pipeline=False), cards("H100", "H100"), True
+    )
+    assert (off.lanes, off.gradient_checkpointing) == (1, "unsloth")
+
+
+def test_offloading_without_lanes_where_their_activations_do_not_fit(model: Make, cards: Make) -> None:
+    """Two micro-batches' layer inputs are too much for these cards, one's offloaded is not."""
+    made = model("70b", engine="unsloth", gradient_checkpointing="unsloth", sequence_length=2048, micro_batch=1)
+    workload, estimate = made
+    estimate = dataclasses.replace(estimate, host=0.001, bytes_per_weight=2.1)
+    chosen = plan((workload, estimate), cards("H100", "H100"), lanes_available=True)
+    assert chosen.fits
+    assert (chosen.lanes, chosen.gradient_checkpointing) == (1, "unsloth")
+    (why,) = [reason for reason in chosen.reasons if reason.startswith("no lanes")]
+    assert "the activations of 2 micro-batches at once do not fit: at micro-batch 1 with checkpointing device" in why
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "why"),
+    [
+        ({"pipeline": False}, 2, "--pipeline off"),
+        ({"lanes": 1}, 2, "--lanes 1"),
+        ({"global_batch": 1}, 2, "an optimizer step is a single micro-batch"),
+        ({"force_lanes": True, "global_batch": 1}, 2, "an optimizer step is a single micro-batch"),
+        ({"stages": 2}, 1, "all stages share one device"),
+        ({"micro_batch": 1, "gradient_accumulation_steps": 12}, 2, "the host that issues the work"),
+    ],
+)
+def test_a_split_without_lanes_says_why(
+    model: Make, cards: Make, changes: dict[str, Any], devices: int, why: str
+) -> None:
+    chosen = plan(model("8b", **changes), cards(*["H100"] * devices), lanes_available=True)
+    assert chosen.lanes == 1
+    assert [reason for reason in chosen.reasons if reason.startswith("no lanes") and why in reason]
+    assert [reason for reason in chosen.reasons if reason.startswith("busy share expected: ")]
+
+
+def test_virtual_devices_say_why_they_take_turns(model: Make, cpus: Make) -> None:
+    chosen = plan(model("1b"), cpus(2), lanes_available=True)
+    assert [reason for reason in chosen.reasons if "virtual devices share one CPU" in reason]
+    forced = plan(model("1b", force_lanes=True), cpus(2), lanes_available=True)
+    assert forced.lanes == 2
+    assert any("2 lanes, as was asked for; the stages share one device" in reason for reason in forced.reasons)
+    refused = plan(model("1b", force_lanes=True), cpus(1), lanes_available=True)
+    assert any("one device holds the whole model" in reason for reason in refused.reasons)
+    alone = plan(model("1b"), cpus(1), lanes_available=True)
+    assert not [reason for reason in alone.reasons if "lanes" in reason]
 
 
 def test_step_seconds_reach_the_bound_for_equal_stages(model: Make, cards: Make) -> None:
@@ -114,15 +164,21 @@ def test_step_seconds_reach_the_bound_for_equal_stages(model: Make, cards: Make)
     from strategies.placement import Stage
 
     _, estimate = model("8b")
-    (device,) = cards("H100").devices
+    first, second = cards("H100", "H100").devices
     part = Part(0, 15, True, False)
-    memory = estimate.memory(part, Arrangement(1, 1, 12, "full"), device)
-    stages = (Stage(device, part, memory, 2.0), Stage(device, part, memory, 2.0))
+    memory = estimate.memory(part, Arrangement(1, 1, 12, "full"), first)
+    stages = (Stage(first, part, memory, 2.0), Stage(second, part, memory, 2.0))
     naive = step_seconds(stages, host_seconds=0.0, micro_batches=12, lanes=1)
     assert naive == 48.0
     assert naive / step_seconds(stages, host_seconds=0.0, micro_batches=12, lanes=2) == pytest.approx(2 * 12 / 13)
     assert step_seconds(stages, host_seconds=5.0, micro_batches=12, lanes=2) == 60.0
     assert step_seconds(stages, host_seconds=5.0, micro_batches=12, lanes=1) == 60.0
+    # Two stages of one card cannot work at once, and two lanes keep no more than two of four stages at work.
+    shared = (Stage(first, part, memory, 2.0), Stage(first, part, memory, 2.0))
+    assert step_seconds(shared, host_seconds=0.0, micro_batches=12, lanes=2) == 48.0
+    four = tuple(Stage(device, part, memory, 1.0) for device in cards(*["H100"] * 4).devices)
+    assert step_seconds(four, host_seconds=0.0, micro_batches=12, lanes=2) == 24.0
+    assert step_seconds(four, host_seconds=0.0, micro_batches=12, lanes=4) == 15.0
 
 
 def test_stages_share_devices_and_lanes_are_forced_only_when_asked_for(model: Make, cards: Make, cpus: Make) -> None:

@@ -1,0 +1,77 @@
+"""Rows and models that a notebook holds in memory, where training in processes of its own needs files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+from parallel_tune.cache import cache_folder
+from parallel_tune.outcome import write_atomically
+from strategies.errors import ConfigError
+
+
+def dataset_path(dataset: object) -> str:
+    """A path or Hub id as it is; of rows in memory, the file in the cache folder that they are written to.
+
+    The file is named after its content, so the same rows are written once, and a resumed run finds them.
+
+    Args:
+        dataset: a name, or rows: a list of dicts, a `datasets.Dataset`, a pandas DataFrame.
+
+    Raises:
+        ConfigError: it is none of these, or a row is no JSON.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        return os.fspath(dataset)
+    to_records = getattr(dataset, "to_dict", None) if hasattr(dataset, "columns") else None  # pandas
+    rows: Any = to_records("records") if to_records is not None else dataset
+    if isinstance(rows, Mapping):
+        raise ConfigError(
+            f"the dataset is a {type(dataset).__name__} with {', '.join(map(str, rows))}, not rows",
+            'Give one split of it, e.g. dataset["train"].',
+        )
+    if not isinstance(rows, Iterable) or not isinstance(rows, Sized):
+        raise ConfigError(
+            f"the dataset is of type {type(dataset).__name__}, which is neither a name nor rows in memory",
+            "Give a file, a Hub id, a list of dicts, or a datasets.Dataset.",
+        )
+    text = "".join(_line(number, row) for number, row in enumerate(rows))
+    if not text:
+        raise ConfigError("the dataset has no rows", "Give rows to learn.")
+    folder = cache_folder() / "datasets"
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, text)
+    except OSError as error:
+        raise ConfigError(f"the rows cannot be written to {path}: {error.strerror}", "Set XDG_CACHE_HOME.") from error
+    return str(path)
+
+
+def model_name(model: object) -> str:
+    """A path or Hub id.
+
+    Raises:
+        ConfigError: it is a loaded model, which other processes cannot see.
+    """
+    if isinstance(model, str | os.PathLike):
+        return os.fspath(model)
+    raise ConfigError(
+        f"model is a {type(model).__name__} in this process, and training runs in processes of its own",
+        "Give its Hub id or folder; model.save_pretrained(folder) and tokenizer.save_pretrained(folder) make one.",
+    )
+
+
+def _line(number: int, row: object) -> str:
+    if not isinstance(row, Mapping):
+        raise ConfigError(
+            f"row {number} of the dataset is a {type(row).__name__}, not a dict", 'Write {"text": ...}, for example.'
+        )
+    try:
+        return json.dumps(dict(row), ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise ConfigError(f"row {number} of the dataset is no JSON: {error}", "Give texts, numbers, lists.") from error

@@ -1,0 +1,24 @@
+"""The benchmark of learning runs in small and writes what others read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_benchmark_runs_small_and_writes_its_figures(tmp_path: Path, tiny_model: Path) -> None:
+    command = [sys.executable, ROOT / "examples" / "benchmarks" / "learning.py", f"--model={tiny_model}"]
+    options = ["--hardware=cpu:2", "--max_steps=2", f"--results={tmp_path}"]
+    subprocess.run([*command, *options], check=True, timeout=400)
+    record = json.loads((tmp_path / "learning.cpu-2.json").read_text())
+    assert {"name", "hardware", "versions", "date", "command", "rows", "figures", "answer_before"} <= record.keys()
+    assert [row["way"] for row in record["rows"]] == ["ddp, eager", "ddp", "model_parallel"]
+    assert record["figures"]["failed"] == 0
+    assert record["figures"]["apart"] < 1e-5
+    assert record["figures"]["held_out_loss_after"] != pytest.approx(record["figures"]["held_out_loss_before"])
