@@ -107,10 +107,11 @@ class FlatGradients:
         apart = size = 0.0
         for buffer, values in zip(self._buffers.values(), other, strict=True):
             # In float64, piece by piece: whole copies would be the most that a recording leaves idle.
-            for a, b in zip(buffer.split(PIECE_ELEMENTS), values.split(PIECE_ELEMENTS), strict=True):
-                wide = b.double()
+            for start in range(0, buffer.numel(), PIECE_ELEMENTS):
+                piece = slice(start, start + PIECE_ELEMENTS)
+                wide = values[piece].double()
                 size += float(wide.square().sum())
-                apart += float(wide.sub_(a).square_().sum())
+                apart += float(wide.sub_(buffer[piece]).square_().sum())
         if size == 0:
             return 0.0 if apart == 0 else float("inf")
         return float((apart / size) ** 0.5)

@@ -35,7 +35,8 @@ from typing import Any
 from prediction_data import write_data
 from prediction_edges import edge_rows
 from prediction_figures import figures, line, score
-from prediction_rows import ROWS, Row
+from prediction_rows import EXPANDABLE_ROWS, ROWS, Row
+from prediction_watch import ProcessMemory
 from shapes import SHAPES
 
 from parallel_tune.hardware import probe_details
@@ -50,6 +51,8 @@ USUAL_SECONDS = 25.0
 SETTLING_SECONDS = 3
 LEFT_OVER_BYTES = 64 << 20
 TAIL_CHARACTERS = 1500
+REPORTED = ("devices", "predicted_for", "captured", "startup_seconds", "steps", "tokens_per_second", "versions")
+"""What is kept of a run's report."""
 
 
 class Models:
@@ -103,8 +106,11 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         # What earlier runs teach must not decide whether these rows are run.
         "XDG_CACHE_HOME": str(work / "cache"),
     }
+    if row.allocator == "expandable":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     started = time.monotonic()
-    code, output = _in_group(command, environment)
+    with ProcessMemory(gpu) as watched:
+        code, output = _in_group(command, environment)
     found: dict[str, Any] = {
         "name": row.name,
         "shape": row.shape,
@@ -115,6 +121,8 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         "rows": row.rows,
         "data": row.data,
         "captured": row.captured,
+        "allocator": row.allocator,
+        "process_used_peak_bytes": watched.peak_bytes,
         "arguments": row.arguments(),
         "may_fail": row.may_fail,
         "in_view": False,
@@ -129,7 +137,15 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         found["ran_out_of_memory"] = "out of memory" in (output + logs).lower()
     else:
         report = json.loads((run / "report.json").read_text())
-        for name in ("devices", "predicted_for", "captured", "startup_seconds", "steps", "versions"):
+        for name in (
+            "devices",
+            "predicted_for",
+            "captured",
+            "startup_seconds",
+            "steps",
+            "tokens_per_second",
+            "versions",
+        ):
             if name in report:
                 found["recorded" if name == "captured" else name] = report[name]
         score(found)
@@ -202,7 +218,7 @@ def measure(options: argparse.Namespace) -> Path:
     measured = json.loads(path.read_text())["rows"] if path.exists() else []
     settled = {row.get("name") for row in measured if is_settled(row)}
     # Early among the others: what they show is whether a plan can be relied upon.
-    all_rows = [*ROWS[:10], *edge_rows(device), *ROWS[10:]]
+    all_rows = [*ROWS[:12], *edge_rows(device), *EXPANDABLE_ROWS, *ROWS[12:]]
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
     failed = {row.get("name") for row in measured} - settled
     todo.sort(key=lambda row: row.name in failed)  # those that failed come last
