@@ -178,6 +178,13 @@ def test_a_run_is_predicted_again_without_a_gpu(module: Any, tmp_path: Path) -> 
     assert make_config({"model": "x"}).model == "x"
 
 
+def test_logs_tell_which_of_unsloths_ways_a_run_took(module: Any, tmp_path: Path) -> None:
+    (tmp_path / "rank0.log").write_text("Unsloth: compiling each transformer block as one region (X).\n")
+    (tmp_path / "rank1.log").write_text("Unsloth: Will smartly offload gradients to save VRAM!\n")
+    ways = module("prediction").ways_taken(tmp_path.glob("*.log"))
+    assert {name for name, taken in ways.items() if taken} == {"blocks_compiled", "offloaded"}
+
+
 @pytest.mark.parametrize("name", ["qwen2-1.5b full 8-bit", "qwen2-1.5b captured mixed"])
 def test_rows_that_corrected_a_formula_are_met_now(module: Any, name: str) -> None:
     """Both were in view, so this guards against regressions and is no forecast. The others in view were recorded

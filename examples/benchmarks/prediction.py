@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ USUAL_SECONDS = 25.0
 SETTLING_SECONDS = 3
 LEFT_OVER_BYTES = 64 << 20
 TAIL_CHARACTERS = 1500
+UNSLOTH_WAYS = {
+    "blocks_compiled": "block as one region",
+    "block_compile_failed": "block compile failed",
+    "blocks_left_as_they_are": "keeping the stock forward",
+    "offloaded": "smartly offload",
+    "double_buffering": "Double buffering enabled",
+}
+"""Words in Unsloth's output that tell which way it took: each has memory of its own."""
 REPORTED = ("devices", "predicted_for", "captured", "startup_seconds", "steps", "tokens_per_second", "versions")
 """What is kept of a run's report."""
 
@@ -136,6 +145,8 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         found["failed"] = f"exit code {code}: {output[-TAIL_CHARACTERS:]}"
         found["ran_out_of_memory"] = "out of memory" in (output + logs).lower()
     else:
+        if row.engine == "unsloth":
+            found["unsloth"] = ways_taken((run / "logs").glob("*.log"))
         report = json.loads((run / "report.json").read_text())
         for name in (
             "devices",
@@ -151,6 +162,12 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         score(found)
     shutil.rmtree(run, ignore_errors=True)
     return found
+
+
+def ways_taken(logs: Iterable[Path]) -> dict[str, bool]:
+    """Which of Unsloth's ways a run took, by its logs."""
+    text = "".join(path.read_text(errors="replace") for path in logs)
+    return {name: words in text for name, words in UNSLOTH_WAYS.items()}
 
 
 def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
