@@ -10,6 +10,9 @@ from torch import Tensor
 
 _Kind = tuple[torch.dtype, torch.device]
 
+PIECE_ELEMENTS = 1 << 22
+"""Elements that are compared at once."""
+
 
 def _kind(parameter: Tensor) -> _Kind:
     return parameter.dtype, parameter.device
@@ -94,10 +97,21 @@ class FlatGradients:
         for buffer, values in zip(self._buffers.values(), copied, strict=True):
             buffer.copy_(values)
 
-    def distance(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-        """Euclidean distance of two copies, as a share of the second one's length."""
-        apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True))
-        size = sum(float(b.double().square().sum()) for b in right)
+    def copy_to(self, copied: Sequence[Tensor]) -> None:
+        """Overwrite an earlier `copy` with what the buffers hold now."""
+        for buffer, values in zip(self._buffers.values(), copied, strict=True):
+            values.copy_(buffer)
+
+    def distance(self, other: Sequence[Tensor]) -> float:
+        """Euclidean distance of what the buffers hold from such a copy, as a share of the copy's length."""
+        apart = size = 0.0
+        for buffer, values in zip(self._buffers.values(), other, strict=True):
+            # In float64, piece by piece: whole copies would be the most that a recording leaves idle.
+            for start in range(0, buffer.numel(), PIECE_ELEMENTS):
+                piece = slice(start, start + PIECE_ELEMENTS)
+                wide = values[piece].double()
+                size += float(wide.square().sum())
+                apart += float(wide.sub_(buffer[piece]).square_().sum())
         if size == 0:
             return 0.0 if apart == 0 else float("inf")
         return float((apart / size) ** 0.5)

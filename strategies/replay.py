@@ -37,6 +37,9 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What repeats the work, and the tensor that holds its result after each repetition. Does not do the work."""
 
+    def make_room(self) -> None:
+        """Give idle memory back: what is allocated next then keeps no larger block from being given back."""
+
     def forget(self) -> None:
         """Free what was recorded; nothing of it is repeated any more."""
 
@@ -60,6 +63,9 @@ class CudaGraphs:
             raise
         self._graphs.append(graph)
         return graph.replay, result
+
+    def make_room(self) -> None:
+        torch.cuda.empty_cache()
 
     def forget(self) -> None:
         self._graphs.clear()
@@ -181,17 +187,36 @@ class Replay:
         forward: Forward,
         backward: Backward,
     ) -> Tensor:
-        """Run `batch` eagerly, record on `first`, and keep the recording if it gives the gradients just seen."""
-        assert self._gradients is not None
+        """Run `batch` eagerly, record on `first`, and keep the recording if it gives the gradients just seen.
+
+        Recordings have memory of their own. Copies of gradients in blocks that an eager pass has left would keep these
+        from being given back when recording begins, and both would be held at once: hence the room before and after.
+        """
         started = time.monotonic()
-        before = self._gradients.copy()
+        self._recorder.make_room()
+        loss = self._checked(index, first, batch, size, forward, backward)
+        self._recorder.make_room()
+        self.report.capture_seconds += time.monotonic() - started
+        return loss
+
+    def _checked(
+        self,
+        index: int,
+        first: dict[str, Tensor],
+        batch: Mapping[str, Tensor],
+        size: int,
+        forward: Forward,
+        backward: Backward,
+    ) -> Tensor:
+        assert self._gradients is not None
+        before, after = self._gradients.copy(), self._gradients.copy()
         loss = _eager(index, batch, forward, backward)
-        after = self._gradients.copy()
+        self._gradients.copy_to(after)
         if (recording := self._record(index, first, forward, backward)) is not None:
-            eager = [new.sub_(old) for new, old in zip(self._gradients.copy(), before, strict=True)]
+            eager = [old.neg_().add_(new) for old, new in zip(before, after, strict=True)]
             self._gradients.begin()
             _replayed(recording, batch)
-            error = self._gradients.distance(self._gradients.copy(), eager)
+            error = self._gradients.distance(eager)
             if math.isnan(error):  # gradients that overflowed, as with the first scales of float16, tell nothing
                 self._first[signature_of(batch)] = first
             elif error <= SAME_GRADIENTS:
@@ -204,7 +229,6 @@ class Replay:
                 self._give_up(f"a captured step's gradients are {error:.1%} off those of the same step run eagerly")
         self._gradients.begin()
         self._gradients.restore(after)
-        self.report.capture_seconds += time.monotonic() - started
         return loss
 
     def _record(self, index: int, inputs: dict[str, Tensor], forward: Forward, backward: Backward) -> _Recording | None:

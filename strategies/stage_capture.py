@@ -121,7 +121,7 @@ class StageCapture:
                     recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
                     gradients.begin()
                     recordings[-1].play(alone, batch)
-                    errors.append(gradients.distance(gradients.copy(), eager))
+                    errors.append(gradients.distance(eager))
             except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
                 _log.warning("a stage cannot be captured", exc_info=error)
                 self.give_up(f"a stage cannot be captured: {what_stopped(error)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,9 +47,10 @@ def test_every_row_fits_the_card_and_is_captured_where_it_says_so(module: Any) -
 
 def test_no_row_is_one_that_was_in_view(module: Any) -> None:
     names = ("shape", "engine", "method", "tokens", "rows", "checkpointing")
-    seen = json.loads((BENCHMARKS / "results" / "prediction.NVIDIA-H200.json").read_text())["rows"]
+    files = sorted((BENCHMARKS / "results").glob("prediction.*.json"))
+    seen = [row for path in files for row in json.loads(path.read_text())["rows"]]
     known = {tuple(row[name] for name in names) for row in seen if row["in_view"]}
-    assert len(known) == 21
+    assert len(known) >= 25
     assert not known & {tuple(getattr(row, name) for name in names) for row in module("prediction_rows").ROWS}
 
 
@@ -64,13 +67,54 @@ def test_rows_at_the_cards_edge(module: Any, name: str) -> None:
     assert too_long.may_fail and too_long.tokens > fits.tokens
 
 
+def test_rows_of_one_captured_size_are_recorded_when_the_optimizer_has_states(module: Any) -> None:
+    for row in module("prediction_rows").ROWS:
+        if row.captured and row.data != "mixed":
+            assert (row.accumulation, row.steps) == (1, 17), row.name
+
+
+def test_rows_of_another_allocator_have_twins_and_are_scored_apart(module: Any, tmp_path: Path) -> None:
+    rows, data = module("prediction_rows"), module("prediction_data")
+    twins = {row.name: row for row in rows.ROWS}
+    assert sorted(row.name for row in rows.EXPANDABLE_ROWS) == sorted(f"{n}, expandable segments" for n in rows.TWINS)
+    assert sum(row.captured for row in rows.EXPANDABLE_ROWS) == 1
+    for row in rows.EXPANDABLE_ROWS:
+        twin = twins[row.name.removesuffix(", expandable segments")]
+        assert row.arguments() == twin.arguments()
+        texts = [data.write_data(each, tmp_path / "rows.jsonl").read_text() for each in (row, twin)]
+        assert texts[0] == texts[1]
+    measured = {"name": "x", "engine": "transformers", "allocated_error": 0.5, "used_error": 0.5}
+    found = module("prediction_figures").figures([measured | {"allocator": "expandable"}])
+    assert (found["rows"], found["expandable"]["rows"]) == (0, 1)
+
+
+def test_what_processes_hold_is_watched_while_a_row_runs(module: Any) -> None:
+    asked = threading.Event()
+
+    def held(_handle: str) -> list[SimpleNamespace]:
+        asked.set()
+        return [SimpleNamespace(usedGpuMemory=size) for size in (5, None, 7)]
+
+    def hidden(handle: str) -> list[SimpleNamespace]:
+        asked.set()
+        raise OSError(handle)
+
+    for processes, peak in ((held, 12), (hidden, None)):
+        asked.clear()
+        nvml = SimpleNamespace(NVMLError=OSError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str)
+        nvml.nvmlDeviceGetComputeRunningProcesses = processes
+        with module("prediction_watch").ProcessMemory("GPU-0", nvml) as watched:
+            assert asked.wait(30)
+        assert watched.peak_bytes == peak
+
+
 def make_unforced(row: Any) -> Any:
     import dataclasses
 
     return dataclasses.replace(row, on="")
 
 
-@pytest.mark.parametrize("name", ["qwen3-4b joined short", "qwen2-1.5b captured mixed", "qwen3-4b captured packed"])
+@pytest.mark.parametrize("name", ["llama-3b joined short", "llama-3b captured mixed", "qwen2-1.5b captured packed"])
 def test_rows_of_text_are_as_many_and_as_long_as_a_run_needs(module: Any, name: str, tmp_path: Path) -> None:
     row = next(row for row in module("prediction_rows").ROWS if row.name == name)
     path = module("prediction_data").write_data(row, tmp_path / "rows.jsonl")
@@ -79,8 +123,10 @@ def test_rows_of_text_are_as_many_and_as_long_as_a_run_needs(module: Any, name: 
     assert max(counts) <= row.tokens
     if "--packing" in row.options:
         assert sum(counts) > row.samples * row.tokens / 2
+    else:  # each step has all rows, so that the largest micro-batch comes again when the optimizer has states
+        assert len(counts) == row.rows * row.accumulation
     if row.data == "mixed":
-        assert counts.count(row.tokens) == len(counts) / 4
+        assert counts.count(row.tokens) == 1
 
 
 def test_figures_leave_out_what_was_in_view(module: Any) -> None:
@@ -93,6 +139,7 @@ def test_figures_leave_out_what_was_in_view(module: Any) -> None:
         row("b", -0.03, engine="unsloth", captured=True),
         {"name": "c", "engine": "unsloth", "failed": "x", "ran_out_of_memory": True, "may_fail": False},
         {"name": "d", "engine": "unsloth", "failed": "x", "ran_out_of_memory": True, "may_fail": True},
+        row("two stages", 0.2, is_bound=True),
         {"name": "e", "engine": "unsloth", "failed": "x", "ran_out_of_memory": False},
     ]
     found = module("prediction_figures").figures(rows)
@@ -101,6 +148,7 @@ def test_figures_leave_out_what_was_in_view(module: Any) -> None:
     assert found["used_worst_error"] == pytest.approx(0.06)
     assert (found["false_fits"], found["failed"]) == (1, ["e"])
     assert found["refused_rows"] == found["refused_rows_that_ran_out_of_memory"] == 1
+    assert found["bounds"] == found["bounds_that_hold"] == 1
     assert found["captured"]["rows"] == found["in_view"]["rows"] == 1
 
 
@@ -128,6 +176,25 @@ def test_a_run_is_predicted_again_without_a_gpu(module: Any, tmp_path: Path) -> 
     assert abs(again["rows"][0]["allocated_error"]) < 1e-6
     assert again["figures"]["rows"] == 1
     assert make_config({"model": "x"}).model == "x"
+
+
+def test_logs_tell_which_of_unsloths_ways_a_run_took(module: Any, tmp_path: Path) -> None:
+    (tmp_path / "rank0.log").write_text("Unsloth: compiling each transformer block as one region (X).\n")
+    (tmp_path / "rank1.log").write_text("Unsloth: Will smartly offload gradients to save VRAM!\n")
+    ways = module("prediction").ways_taken(tmp_path.glob("*.log"))
+    assert {name for name, taken in ways.items() if taken} == {"blocks_compiled", "offloaded"}
+
+
+@pytest.mark.parametrize("name", ["qwen2-1.5b full 8-bit", "qwen2-1.5b captured mixed"])
+def test_rows_that_corrected_a_formula_are_met_now(module: Any, name: str) -> None:
+    """Both were in view, so this guards against regressions and is no forecast. The others in view were recorded
+    before the optimizer had states."""
+    path = BENCHMARKS / "results" / "prediction.NVIDIA-H100-80GB-HBM3.json"
+    row = next(row for row in json.loads(path.read_text())["rows"] if row["name"] == name)
+    assert row["in_view"] and abs(row["allocated_error"]) > 0.005
+    module("prediction_again")._predict(row)
+    assert abs(row["allocated_error"]) < 0.003
+    assert abs(row["used_error"]) < 0.01
 
 
 def test_what_was_measured_is_not_run_again(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

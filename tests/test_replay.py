@@ -18,15 +18,20 @@ class Again:
 
     def __init__(self) -> None:
         self.recorded = 0
+        self.done: list[str] = []
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.recorded += 1
+        self.done.append("record")
         result = torch.zeros(())
 
         def replay() -> None:
             result.copy_(work())
 
         return replay, result
+
+    def make_room(self) -> None:
+        self.done.append("make room")
 
     def forget(self) -> None:
         self.forgotten = True
@@ -131,6 +136,38 @@ def test_losses_and_weights_are_the_eager_ones_to_the_bit() -> None:
     assert report.sizes == [18, 24]
 
 
+def test_the_check_of_a_recording_pins_no_block_of_an_eager_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is made, then copies are taken, then the eager pass runs and is recorded; nothing is copied after it."""
+    model, recorder = build(), Again()
+    copy = FlatGradients.copy
+
+    def noted(gradients: FlatGradients) -> list[Tensor]:
+        recorder.done.append("copy")
+        return copy(gradients)
+
+    monkeypatch.setattr(FlatGradients, "copy", noted)
+    model.register_forward_pre_hook(lambda *_: recorder.done.append("forward"))
+    train(model, steps(1, lengths=(4, 4)), replay_of(model, recorder))
+    eager, again = ["forward"], ["forward"]  # the recorder here runs the model when it replays
+    assert recorder.done == [*eager, "make room", "copy", "copy", *eager, "record", *again, "make room"]
+
+
+def test_gradients_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.gradients.PIECE_ELEMENTS", 5)
+    model = build()
+    gradients = FlatGradients(list(model.parameters()))
+    gradients.begin()
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.add_(2.0)  # type: ignore[union-attr]
+    kept = gradients.copy()
+    assert gradients.distance(kept) == 0
+    assert gradients.distance([values * 2 for values in kept]) == pytest.approx(0.5)
+    assert gradients.distance([values * 0 for values in kept]) == float("inf")
+    gradients.begin()
+    gradients.copy_to(kept)
+    assert all(not values.any() for values in kept)
+
+
 def test_what_holds_more_than_tensors_is_run_eagerly() -> None:
     data: Any = steps(4)
     for micro_batches in data:
@@ -207,4 +244,4 @@ def test_flat_gradients_of_several_dtypes_are_views_that_stay() -> None:
     assert all(bool((parameter.grad == 0).all()) for parameter in parameters if parameter.grad is not None)
     flat.restore(kept)
     assert [buffer.tolist() for buffer in kept] == [[2.0] * 3, [1.0] * 4]
-    assert flat.distance(flat.copy(), kept) == 0.0
+    assert flat.distance(kept) == 0.0

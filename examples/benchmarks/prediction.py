@@ -29,13 +29,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from prediction_data import write_data
 from prediction_edges import edge_rows
 from prediction_figures import figures, line, score
-from prediction_rows import ROWS, Row
+from prediction_rows import EXPANDABLE_ROWS, ROWS, Row
+from prediction_watch import ProcessMemory
 from shapes import SHAPES
 
 from parallel_tune.hardware import probe_details
@@ -47,9 +49,19 @@ ROW_SECONDS = 240
 """After so long a row is given up."""
 USUAL_SECONDS = 25.0
 """How long a row is taken to last before the first one has shown it."""
-SETTLING_SECONDS = 20
+SETTLING_SECONDS = 3
 LEFT_OVER_BYTES = 64 << 20
 TAIL_CHARACTERS = 1500
+UNSLOTH_WAYS = {
+    "blocks_compiled": "block as one region",
+    "block_compile_failed": "block compile failed",
+    "blocks_left_as_they_are": "keeping the stock forward",
+    "offloaded": "smartly offload",
+    "double_buffering": "Double buffering enabled",
+}
+"""Words in Unsloth's output that tell which way it took: each has memory of its own."""
+REPORTED = ("devices", "predicted_for", "captured", "startup_seconds", "steps", "tokens_per_second", "versions")
+"""What is kept of a run's report."""
 
 
 class Models:
@@ -103,8 +115,11 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         # What earlier runs teach must not decide whether these rows are run.
         "XDG_CACHE_HOME": str(work / "cache"),
     }
+    if row.allocator == "expandable":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     started = time.monotonic()
-    code, output = _in_group(command, environment)
+    with ProcessMemory(gpu) as watched:
+        code, output = _in_group(command, environment)
     found: dict[str, Any] = {
         "name": row.name,
         "shape": row.shape,
@@ -115,6 +130,8 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         "rows": row.rows,
         "data": row.data,
         "captured": row.captured,
+        "allocator": row.allocator,
+        "process_used_peak_bytes": watched.peak_bytes,
         "arguments": row.arguments(),
         "may_fail": row.may_fail,
         "in_view": False,
@@ -128,13 +145,29 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         found["failed"] = f"exit code {code}: {output[-TAIL_CHARACTERS:]}"
         found["ran_out_of_memory"] = "out of memory" in (output + logs).lower()
     else:
+        if row.engine == "unsloth":
+            found["unsloth"] = ways_taken((run / "logs").glob("*.log"))
         report = json.loads((run / "report.json").read_text())
-        for name in ("devices", "predicted_for", "captured", "startup_seconds", "steps", "versions"):
+        for name in (
+            "devices",
+            "predicted_for",
+            "captured",
+            "startup_seconds",
+            "steps",
+            "tokens_per_second",
+            "versions",
+        ):
             if name in report:
                 found["recorded" if name == "captured" else name] = report[name]
         score(found)
     shutil.rmtree(run, ignore_errors=True)
     return found
+
+
+def ways_taken(logs: Iterable[Path]) -> dict[str, bool]:
+    """Which of Unsloth's ways a run took, by its logs."""
+    text = "".join(path.read_text(errors="replace") for path in logs)
+    return {name: words in text for name, words in UNSLOTH_WAYS.items()}
 
 
 def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -154,12 +187,15 @@ def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str
 
 
 def wait_until_free(device: Device) -> None:
-    """Wait until the card is as free as it was at first: a process that has ended gives its memory back a bit later."""
-    ends = time.monotonic() + SETTLING_SECONDS
-    while time.monotonic() < ends:
-        now = probe_details(os.environ).hardware.devices[device.index]
-        if now.free_bytes >= device.free_bytes - LEFT_OVER_BYTES:
+    """Wait until the card is as free as it was at first, or is no longer getting freer: a process that has ended gives
+    its memory back a bit later."""
+    changed, last = time.monotonic(), 0
+    while time.monotonic() - changed < SETTLING_SECONDS:
+        free = probe_details(os.environ).hardware.devices[device.index].free_bytes
+        if free >= device.free_bytes - LEFT_OVER_BYTES:
             return
+        if free != last:
+            changed, last = time.monotonic(), free
         time.sleep(0.2)
 
 
@@ -199,8 +235,10 @@ def measure(options: argparse.Namespace) -> Path:
     measured = json.loads(path.read_text())["rows"] if path.exists() else []
     settled = {row.get("name") for row in measured if is_settled(row)}
     # Early among the others: what they show is whether a plan can be relied upon.
-    all_rows = [*ROWS[:10], *edge_rows(device), *ROWS[10:]]
+    all_rows = [*ROWS[:12], *edge_rows(device), *EXPANDABLE_ROWS, *ROWS[12:]]
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
+    failed = {row.get("name") for row in measured} - settled
+    todo.sort(key=lambda row: row.name in failed)  # those that failed come last
     options.work.mkdir(parents=True, exist_ok=True)
     with (options.work / f"{found.uuids[0]}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one row at a time on a card, whoever else gives this command

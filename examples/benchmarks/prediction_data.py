@@ -10,8 +10,8 @@ from prediction_rows import Row
 
 DATASET = Path(__file__).parents[1] / "short_answers.jsonl"
 SHORT_WORDS, SHORT_SPREAD = 90, 0.5
-LONG_SHARE = 4
-"""Of mixed data every fourth row is about as long as is let through."""
+LONG_ROWS = 1
+"""Of a step of mixed data so many rows are as long as is let through: the longest size is recorded in the second."""
 PACKED_ROWS = 6
 """Rows to write for each thousand tokens of packed data: enough to fill them."""
 
@@ -19,7 +19,7 @@ PACKED_ROWS = 6
 def write_data(row: Row, path: Path) -> Path:
     """As JSON lines with a column "text"; a word is a token at least."""
     words = " ".join(" ".join(json.loads(line).values()) for line in DATASET.read_text().splitlines()).split()
-    draw = random.Random(row.name)
+    draw = random.Random(f"{row.shape} {row.tokens} {row.rows} {row.data}")
     count = row.samples
     if "--packing" in row.options:
         count = row.samples * row.tokens * PACKED_ROWS // 1000 + row.samples
@@ -29,6 +29,6 @@ def write_data(row: Row, path: Path) -> Path:
 
 
 def _words(row: Row, number: int, draw: random.Random) -> int:
-    if row.data == "full" or (row.data == "mixed" and number % LONG_SHARE == 0):
+    if row.data == "full" or (row.data == "mixed" and number < LONG_ROWS):
         return row.tokens
     return max(12, min(row.tokens, round(draw.lognormvariate(0, SHORT_SPREAD) * SHORT_WORDS)))

@@ -12,14 +12,15 @@ KINDS = ("allocated", "used")
 def score(row: Measured) -> None:
     """Add a run's predicted and measured bytes of its one card, and the errors of the predictions.
 
-    Stages that share the card are one process: context and workspaces are there once, and its peak is at most the sum
-    of theirs, which they do not reach at one moment.
+    Stages that share the card are one process: the context is there once, and its peak is at most the sum of theirs,
+    which they do not reach at one moment. That is a bound (`is_bound`) and no prediction.
     """
     devices = row["devices"]
     row["predicted_allocated_bytes"] = sum(device["predicted_allocated_bytes"] for device in devices)
     row["predicted_peak_bytes"] = sum(device["predicted_peak_bytes"] for device in devices)
     for planned in row["plan"]["devices"][1:]:
         row["predicted_peak_bytes"] -= planned["memory"]["context_bytes"]
+    row["is_bound"] = len(devices) > 1
     for name in ("allocated_peak_bytes", "reserved_peak_bytes", "used_peak_bytes"):
         row[name] = devices[0][name]
     row["allocated_error"] = row["predicted_allocated_bytes"] / row["allocated_peak_bytes"] - 1
@@ -29,14 +30,21 @@ def score(row: Measured) -> None:
 def figures(rows: list[Measured]) -> dict[str, Any]:
     """Mean and worst of the errors' sizes.
 
-    Rows that were in view when a formula or a constant was made are counted apart: they are no test of it.
+    Rows that were in view when a formula or a constant was made are counted apart: they are no test of it; and so are
+    those of another allocator, of which predictions know nothing.
     """
+    expandable = [row for row in rows if row.get("allocator")]
+    rows = [row for row in rows if not row.get("allocator")]
     fresh = [row for row in rows if not row.get("in_view")]
     found = _errors(fresh)
     for name in ("transformers", "unsloth"):
         found[name] = _errors([row for row in fresh if row["engine"] == name])
     found["captured"] = _errors([row for row in fresh if row.get("captured")])
+    bounds = [row for row in fresh if row.get("is_bound")]
+    found["bounds"] = len(bounds)
+    found["bounds_that_hold"] = sum(row["allocated_error"] >= 0 for row in bounds)
     found["in_view"] = _errors([row for row in rows if row.get("in_view")])
+    found["expandable"] = _errors(expandable)
     refused = [row for row in fresh if row.get("may_fail")]
     found["refused_rows"] = len(refused)
     found["refused_rows_that_ran_out_of_memory"] = sum(bool(row.get("ran_out_of_memory")) for row in refused)
@@ -50,7 +58,7 @@ def figures(rows: list[Measured]) -> dict[str, Any]:
 
 
 def _errors(rows: list[Measured]) -> dict[str, Any]:
-    measured = [row for row in rows if "allocated_error" in row]
+    measured = [row for row in rows if "allocated_error" in row and not row.get("is_bound")]
     false_fits = sum(bool(row.get("ran_out_of_memory")) and not row.get("may_fail") for row in rows)
     return {"rows": len(measured), **_errors_of(measured, ""), "false_fits": false_fits}
 

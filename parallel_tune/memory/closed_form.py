@@ -10,7 +10,9 @@ from itertools import groupby
 from parallel_tune.memory import speed
 from parallel_tune.memory.captured import (
     CAPTURED_RESERVE_BYTES,
+    CAPTURED_STREAMS,
     GRADIENT_COPIES,
+    GRAPHS_CONTEXT_BYTES,
     captured_settings,
     returned_loss_bytes,
 )
@@ -52,8 +54,10 @@ class ClosedFormEstimator:
         """Live tensors at the peak, with what the machine adds to them."""
         built_in = CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS
         constants = self.constants or self.measured.get(device.name, built_in)
-        peak = replace(peak, buffers_bytes=peak.buffers_bytes + constants.workspace_bytes)
+        streams = CAPTURED_STREAMS if arrangement.captured else 1
+        peak = replace(peak, buffers_bytes=peak.buffers_bytes + streams * constants.workspace_bytes)
         context = constants.context_bytes + (constants.nccl_bytes if arrangement.processes > 1 else 0)
+        context += GRAPHS_CONTEXT_BYTES if arrangement.captured else 0
         scratch = constants.nf4_scratch_bytes if self.settings.load_in_4bit else 0
         return replace(
             peak,
@@ -65,7 +69,7 @@ class ClosedFormEstimator:
         )
 
     def _captured_reserve_bytes(self, peak: MemoryEstimate, part: Part, arrangement: Arrangement) -> int:
-        """Recordings keep their memory; the eager pass before the next one has its own."""
+        """Recordings keep their memory; an eager pass of a size that is not yet recorded takes its own beside it."""
         if not arrangement.captured:
             return 0
         others = self._other_recordings_bytes(part, arrangement)
@@ -74,7 +78,7 @@ class ClosedFormEstimator:
             return others + a_pass
         # All but the tables of positions grows with the tokens.
         second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
-        return others + max(second, min(a_pass, CAPTURED_RESERVE_BYTES))
+        return others + second + min(a_pass, CAPTURED_RESERVE_BYTES)
 
     def _other_recordings_bytes(self, part: Part, arrangement: Arrangement) -> int:
         """What other lanes' recordings keep beside what their waiting micro-batches hold, which the peak counts.

@@ -104,17 +104,24 @@ def weight_bytes(counts: PartParameters, settings: TrainingSettings) -> int:
 
 
 def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> tuple[int, int]:
-    """Trainable elements of a part: all, and those in tensors too small for 8-bit states."""
-    total = small = 0
+    """Trainable elements of a part: all, and those whose states an 8-bit optimizer keeps in float32.
+
+    The latter are tensors too small for 8-bit states, and the embedding's weight, a tied head's with it: Trainer asks
+    bitsandbytes for 32 bits of every nn.Embedding (transformers' `create_optimizer`, and Unsloth's own).
+    """
+    total = float32_states = 0
     for layer, count in _kinds(facts, part):
         sizes = _adapter_sizes(facts, settings, layer) if settings.method == "lora" else _vector_sizes(facts, layer)
         total += count * sum(sizes)
-        small += count * sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
+        float32_states += count * sum(size for size in sizes if size < BNB_8BIT_SMALLEST)
     if settings.method == "lora":
-        return total, small
+        return total, float32_states
     # Text alone gives a vision tower no gradient, and then no optimizer state.
     outside = facts.extra_parameters if part.embedding else 0
-    return part_parameters(facts, part).total - outside, small
+    counts = part_parameters(facts, part)
+    if part.head and facts.hidden_size < BNB_8BIT_SMALLEST:
+        float32_states += facts.hidden_size  # the norm before the head
+    return counts.total - outside, float32_states + counts.embedding
 
 
 def _kinds(facts: ModelFacts, part: Part) -> list[tuple[int, int]]:
@@ -140,21 +147,21 @@ def _vector_sizes(facts: ModelFacts, layer: int) -> list[int]:
     return vectors + [linear.bias_parameters for linear in layer_linears(facts, layer)]
 
 
-def optimizer_state_bytes(optimizer: Optimizer, trainable: int, small: int, element_bytes: int) -> int:
-    """Moments of so many trainable elements, of which `small` are in tensors too small for 8-bit states."""
+def optimizer_state_bytes(optimizer: Optimizer, trainable: int, float32_states: int, element_bytes: int) -> int:
+    """Moments of so many trainable elements, of which an 8-bit optimizer keeps `float32_states` in float32."""
     if not optimizer.eight_bit:
         return optimizer.states * trainable * element_bytes
-    large = trainable - small
-    return optimizer.states * (large + 4 * math.ceil(large / BNB_8BIT_BLOCK) + 4 * small)
+    blocks = trainable - float32_states
+    return optimizer.states * (blocks + 4 * math.ceil(blocks / BNB_8BIT_BLOCK) + 4 * float32_states)
 
 
 @lru_cache(maxsize=8192)
 def state_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> StateBytes:
     """Weights, adapters, gradients and optimizer states of a part; torch keeps moments in the parameter's dtype."""
     optimizer = optimizer_named(settings.optimizer)
-    trainable, small = trainable_sizes(facts, settings, part)
+    trainable, float32_states = trainable_sizes(facts, settings, part)
     element = settings.adapter_bytes if settings.method == "lora" else settings.weight_bytes
-    states = optimizer_state_bytes(optimizer, trainable, small, element)
+    states = optimizer_state_bytes(optimizer, trainable, float32_states, element)
     return StateBytes(
         weights_bytes=weight_bytes(part_parameters(facts, part), settings),
         adapters_bytes=trainable * element if settings.method == "lora" else 0,

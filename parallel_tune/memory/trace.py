@@ -32,7 +32,7 @@ class Trace:
         phases: the peak of each phase, in bytes.
         kept: bytes by what they are: "weights" (frozen, or all in full training), "adapters", "gradients",
             "optimizer", and "stored", what a micro-batch leaves for its backward pass in a part without the head; and
-            trainable elements, "trainable" and those in tensors "small" enough to keep float32 moments.
+            trainable elements, "trainable" and those that an 8-bit optimizer keeps "float32_states" of.
     """
 
     phases: Mapping[str, int]

@@ -195,4 +195,4 @@ def _moments(settings: TrainingSettings, kept: Mapping[str, int]) -> int:
     if optimizer.paged:
         return 0
     element = settings.adapter_bytes if settings.method == "lora" else settings.weight_bytes
-    return optimizer_state_bytes(optimizer, kept["trainable"], kept["small"], element)
+    return optimizer_state_bytes(optimizer, kept["trainable"], kept["float32_states"], element)

@@ -65,6 +65,8 @@ class TrainingStep:
         held = {id(tensor): tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())}
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         lora = self.settings.method == "lora"
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        whole = [p for p in self.trainable if id(p) in embeddings or p.numel() < BNB_8BIT_SMALLEST]
         return {
             "weights": sum(held.values()) - (adapters if lora else 0),
             "adapters": adapters if lora else 0,
@@ -72,7 +74,7 @@ class TrainingStep:
             "optimizer": sum(state.nbytes for state in states if isinstance(state, torch.Tensor)),
             "stored": self.stored_bytes,
             "trainable": trainable,
-            "small": sum(p.numel() for p in self.trainable if p.numel() < BNB_8BIT_SMALLEST),
+            "float32_states": sum(parameter.numel() for parameter in whole),
         }
 
     def take(self) -> None:
