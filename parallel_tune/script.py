@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> NoReturn:
     logs, rank = Path(arguments[0]) / "logs", int(os.environ.get("RANK", "0"))
     redirect_output(log_file(logs, rank))
     write_atomically(process_id_file(logs, rank), str(os.getpid()))
+    # Whoever watches passes Ctrl-C on, whatever was ignored where it was started, as in a shell script's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     take_device(os.environ)
     held: list[Any] = []
     outcome = run_script(arguments[1], arguments[2:], held)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from strategies.pipeline import Lanes
     from strategies.replay import Replay
     from strategies.stage_capture import StageCapture
+    from strategies.stage_recording import StageRecorder
     from strategies.stages import Stages
 
 
@@ -141,7 +142,6 @@ class SplitSession:
     def place(self, model: Any) -> None:
         from strategies.pipeline import Lanes
         from strategies.stage_capture import StageCapture
-        from strategies.stage_graphs import StageGraphs
         from strategies.stages import split
         from strategies.turns import Turns
 
@@ -151,7 +151,7 @@ class SplitSession:
             self._captured = StageCapture(
                 self._stages,
                 lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
-                StageGraphs(self._stages.devices),
+                self.stage_recorder(self._stages),
             )
         # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
         turns = Turns(self._stages, align_clocks=True)
@@ -166,6 +166,12 @@ class SplitSession:
         places = list(self._plan.ordinals) if self._cuda else [0] * len(self._plan.devices)
         at_once = 1.0 if self._cuda else max(1.0, len(os.sched_getaffinity(0)) / torch.get_num_threads())
         self._recorded = Recorded(schedule, places, lambda inputs: int(inputs["input_ids"].numel()), at_once)
+
+    def stage_recorder(self, stages: Stages) -> StageRecorder:
+        """What records the work of stages for replays: CUDA graphs."""
+        from strategies.stage_graphs import StageGraphs
+
+        return StageGraphs(stages.devices)
 
     @property
     def schedule(self) -> Recorded | None:

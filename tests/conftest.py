@@ -32,6 +32,12 @@ if "PARALLEL_TUNE_TEST_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
+def pytest_configure() -> None:
+    """Signals mean here what they mean in a terminal, also where nohup or a shell's background started the tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def nothing_learned() -> None:
     """Each test plans as on a machine on which no split has run."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,18 +210,31 @@ except KeyboardInterrupt:
 """
 
 
+def ignore_interrupts() -> None:
+    """As a shell does for what it starts in the background of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize(
-    ("strategy", "then", "code"),
-    [("ddp", "pass", 0), ("model_parallel", "pass", 0), ("ddp", "raise", 1), ("model_parallel", "raise", 1)],
+    ("strategy", "then", "code", "before"),
+    [
+        ("ddp", "pass", 0, None),
+        ("model_parallel", "pass", 0, ignore_interrupts),
+        ("ddp", "raise", 1, ignore_interrupts),
+        ("model_parallel", "raise", 1, None),
+    ],
 )
-def test_an_interrupt_is_the_scripts_to_handle(tmp_path: Path, strategy: str, then: str, code: int) -> None:
+def test_an_interrupt_is_the_scripts_to_handle(
+    tmp_path: Path, strategy: str, then: str, code: int, before: Callable[[], None] | None
+) -> None:
     """As when it runs by itself: Ctrl-C is a KeyboardInterrupt there, at which many a script saves."""
     (tmp_path / "train.py").write_text(INTERRUPTED.format(then=then))
     command = [*COMMAND, "--strategy", strategy, "--hardware", "cpu:2", "train.py"]
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
-            command, env=environment(tmp_path), cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
-        )
+            command, env=environment(tmp_path), cwd=tmp_path, stdout=said, stderr=said, start_new_session=True,
+            preexec_fn=before,
+        )  # fmt: skip
     logs = [tmp_path / "run" / "logs" / f"rank-{rank}.log" for rank in range(2 if strategy == "ddp" else 1)]
     deadline = time.monotonic() + 240
     while not all(log.exists() and "begun" in log.read_text() for log in logs):

@@ -18,9 +18,7 @@ import torch.nn.functional
 
 from parallel_tune import row_attention
 from strategies.model_parallel import ModelParallel
-from strategies.pipeline import Lanes
 from strategies.sessions import SplitSession
-from strategies.stage_capture import StageCapture
 
 READ_ON_THE_HOST = row_attention.attend
 
@@ -39,11 +37,8 @@ def attend(module, query, key, value, mask, dropout=0.0, scaling=None, cu_seq_le
 
 
 class RecordedSplit(SplitSession):
-    def place(self, model):
-        super().place(model)
-        trained = lambda: [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._captured = StageCapture(self._stages, trained, OperationTape())
-        self._lanes = Lanes(self._stages, self._plan.lanes, captured=self._captured)
+    def stage_recorder(self, stages):
+        return OperationTape()
 
 
 class RecordedModelParallel(ModelParallel):
@@ -57,7 +52,7 @@ class RecordedModelParallel(ModelParallel):
     def open(self, plan, timeout_seconds):
         if MASKS:
             row_attention.attend = attend
-        return RecordedSplit(replace(plan, captured=False))
+        return RecordedSplit(plan)
 '''
 TAPE = Path(__file__).parents[1] / "op_tape.py"
 
