@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from strategies.base import Schedule
 from strategies.visit import Segment
 
 if TYPE_CHECKING:
@@ -18,31 +19,11 @@ WARM_UP_STEPS = 2
 LATEST_STEPS = 10
 
 
-class TimedSchedule(Protocol):
-    """A `strategies.base.Schedule` that knows when each stage worked."""
-
-    sums_gradients: bool
-
-    @property
-    def devices(self) -> Sequence[torch.device]:
-        """Where a micro-batch is worked on, each once, that of the inputs first."""
-
-    @property
-    def labels_device(self) -> torch.device:
-        """Where the loss is computed."""
+class TimedSchedule(Schedule, Protocol):
+    """A schedule that knows when each stage worked."""
 
     def timeline(self) -> list[Segment]:
         """The schedule of the last run; empty where it is not known. Waits for the devices."""
-
-    def run(
-        self,
-        micro_batches: Sequence[Any],
-        forward: Callable[[int, Any], Any],
-        *,
-        backward: Callable[[Any], None],
-        key: int | None = None,
-    ) -> list[Any]:
-        """As `strategies.base.Schedule.run`."""
 
 
 @dataclass(frozen=True)
