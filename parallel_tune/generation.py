@@ -13,8 +13,9 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int =
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # It warns of a kernel for 4-bit weights, which are not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # They warn of kernels for 4-bit and 8-bit weights, which are not used here.
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).to(device)
