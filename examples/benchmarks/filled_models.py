@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, make_tokenizer
+from shapes import make_config
 
 BLOCK = 1_000_003
 SPREAD = 0.02
@@ -22,15 +22,11 @@ def make_filled(shape: str, folder: Path) -> Path:
     """Save the shape in bf16 with a tokenizer; nothing is done where it lies already."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").exists():
         return folder
-    kind, sizes = SHAPES[shape]
-    tokenizer = make_tokenizer(folder)
-    config = AutoConfig.for_model(
-        kind, **sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
-    )
+    config = make_config(shape, folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16

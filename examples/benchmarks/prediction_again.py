@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from prediction_figures import figures, line, score
+from rival import ask
 from shapes import SHAPES
 
 from parallel_tune.commands import read_config
@@ -19,25 +19,6 @@ from strategies.contracts import Plan
 
 HEAD_KERNEL = (2, 12)
 """The first torch whose attention over rows of any length takes grouped heads."""
-
-RIVAL_CODE = """
-import dataclasses, json, sys
-from fitcheck import config_parser, estimator
-for line in sys.stdin:
-    row = json.loads(line)
-    try:
-        config_parser._reject_unsupported(row["config"], "x")
-        fields = config_parser._parse_fields(row["config"])
-        values = {f.name: getattr(fields, f.name) for f in dataclasses.fields(fields)}
-        config = config_parser.ModelConfig(name="x", num_params=config_parser._count_params(fields), **values)
-        parts = estimator._compute_components(config, estimator.TrainingConfig(**row["training"]))
-        mib = {f.name: getattr(parts, f.name) for f in dataclasses.fields(parts)}
-        used = sum(mib.values())
-        print(json.dumps({"allocated": (used - mib["overhead_mib"]) * 2**20, "used": used * 2**20}), flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-"""
-"""Its sum of tensors, and with its process overhead."""
 
 
 def look_again(path: Path, rival: str) -> Path:
@@ -87,14 +68,11 @@ def _config(arguments: list[str], model: str) -> Any:
 def _add_rival(rows: list[dict[str, Any]], python: str) -> None:
     measured = [row for row in rows if "allocated_error" in row]
     alike = [row for row in measured if not _beyond_it(row)]
-    lines = [json.dumps({"config": _rival_config(row), "training": _rival_training(row)}) for row in alike]
-    done = subprocess.run(
-        [python, "-c", RIVAL_CODE], input="\n".join(lines), capture_output=True, text=True, check=True
-    )
+    answers = ask(python, [{"config": _rival_config(row), "training": _rival_training(row)} for row in alike])
     for row in measured:
         if reason := _beyond_it(row):
             row["fitcheck_refusal"] = reason
-    for row, answer in zip(alike, map(json.loads, done.stdout.splitlines()), strict=True):
+    for row, answer in zip(alike, answers, strict=True):
         if "error" in answer:
             row["fitcheck_refusal"] = answer["error"]
             continue

@@ -16,12 +16,13 @@ import gc
 import json
 import logging
 import platform
-import subprocess
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from rival import ask
 
 from parallel_tune.memory import ClosedFormEstimator, ModelFacts, TrainingSettings, load_model_facts
 from parallel_tune.memory.lookup import catalog_config
@@ -42,23 +43,6 @@ MODELS = (
 METHODS: tuple[dict[str, Any], ...] = ({"method": "full"}, {"method": "lora"}, {"method": "lora", "load_in_4bit": True})
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 STAGES = (1, 2, 4, 8, 1, 3, 6)
-RIVAL_CODE = """
-import dataclasses, json, sys
-from fitcheck import config_parser, estimator
-for line in sys.stdin:
-    row = json.loads(line)
-    try:
-        config_parser._reject_unsupported(row["config"], "x")
-        fields = config_parser._parse_fields(row["config"])
-        values = {f.name: getattr(fields, f.name) for f in dataclasses.fields(fields)}
-        config = config_parser.ModelConfig(name="x", num_params=config_parser._count_params(fields), **values)
-        parts = estimator._compute_components(config, estimator.TrainingConfig(**row["training"]))
-        mib = sum(getattr(parts, f.name) for f in dataclasses.fields(parts) if f.name != "overhead_mib")
-        print(json.dumps({"bytes": int(mib * 2**20)}), flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-"""
-"""Its tensor sum, its process overhead left out: that is what a trace can judge."""
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -143,11 +127,7 @@ def measured(facts: ModelFacts, row: dict[str, Any], part: Part, arrangement: Ar
 
 def rival_bytes(python: str, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What fitcheck-llm says to the rows that it can express: whole models, one micro-batch, no mask."""
-    lines = [json.dumps({"config": catalog_config(t["model"])[0], "training": _rival_training(t)}) for t in tasks]
-    done = subprocess.run(
-        [python, "-c", RIVAL_CODE], input="\n".join(lines), capture_output=True, text=True, check=True
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return ask(python, [{"config": catalog_config(t["model"])[0], "training": _rival_training(t)} for t in tasks])
 
 
 def _rival_training(row: dict[str, Any]) -> dict[str, Any]:
@@ -194,9 +174,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _add_rival(table: list[dict[str, Any]], python: str) -> None:
     alike = [r for r in table if r["stages"] == 1 and not r["attention_mask"]]
     for row, answer in zip(alike, rival_bytes(python, alike), strict=True):
-        if "bytes" in answer:
-            row["fitcheck_bytes"] = answer["bytes"]
-            row["fitcheck_error"] = round(answer["bytes"] / row["observed_bytes"] - 1, 6)
+        if "allocated" in answer:
+            row["fitcheck_bytes"] = int(answer["allocated"])
+            row["fitcheck_error"] = round(row["fitcheck_bytes"] / row["observed_bytes"] - 1, 6)
         else:
             row["fitcheck_refusal"] = answer["error"]
 

@@ -74,18 +74,25 @@ def make_tokenizer(folder: Path) -> Any:
     return fast
 
 
+def make_config(shape: str, folder: Path) -> Any:
+    """The shape's configuration, for the tokenizer that is saved in the folder."""
+    from transformers import AutoConfig
+
+    kind, sizes = SHAPES[shape]
+    tokenizer = make_tokenizer(folder)
+    return AutoConfig.for_model(
+        kind, **sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
+    )
+
+
 def make_model(shape: str, folder: Path) -> Path:
     """Save the shape with random bf16 weights and a tokenizer; nothing is done where it lies already."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").exists():
         return folder
-    kind, sizes = SHAPES[shape]
-    tokenizer = make_tokenizer(folder)
-    config = AutoConfig.for_model(
-        kind, **sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None
-    )
+    config = make_config(shape, folder)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
