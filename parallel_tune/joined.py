@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from parallel_tune import export_after, planning, rundir
+from parallel_tune.allocator import allocator_variables
 from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
@@ -25,6 +26,7 @@ from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError
 def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     """Join the launcher's processes, train, and end this one with the run's code."""
     os.environ.update(launch.environment)
+    os.environ.update(allocator_variables(os.environ))
     import torch
     import torch.distributed as dist
 

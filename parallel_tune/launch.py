@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from parallel_tune.allocator import allocator_variables
 from parallel_tune.outcome import process_id_file
 from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
@@ -85,6 +86,7 @@ def process_environment(
         chosen = [visible[index] if visible else str(index) for index in indices]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        env.update(allocator_variables(env))
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

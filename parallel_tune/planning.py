@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from parallel_tune.allocator import segments_grow
 from parallel_tune.capture import NO_ROOM, RECOMPUTED, cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
@@ -207,6 +209,7 @@ def training_settings(
         packed=padding_free,
         attention_mask=False if unmasked else None,
         repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
+        segments_grow=segments_grow(os.environ),
     )
 
 

@@ -73,19 +73,24 @@ def test_rows_of_one_captured_size_are_recorded_when_the_optimizer_has_states(mo
             assert (row.accumulation, row.steps) == (1, 17), row.name
 
 
+def test_rows_in_view_are_rows(module: Any) -> None:
+    rows = module("prediction_rows")
+    assert set(rows.IN_VIEW) < {row.name for row in rows.ROWS}
+
+
 def test_rows_of_another_allocator_have_twins_and_are_scored_apart(module: Any, tmp_path: Path) -> None:
     rows, data = module("prediction_rows"), module("prediction_data")
     twins = {row.name: row for row in rows.ROWS}
-    assert sorted(row.name for row in rows.EXPANDABLE_ROWS) == sorted(f"{n}, expandable segments" for n in rows.TWINS)
-    assert sum(row.captured for row in rows.EXPANDABLE_ROWS) == 1
-    for row in rows.EXPANDABLE_ROWS:
-        twin = twins[row.name.removesuffix(", expandable segments")]
+    assert sorted(row.name for row in rows.FIXED_ROWS) == sorted(f"{n}, fixed segments" for n in rows.TWINS)
+    assert sum(row.captured for row in rows.FIXED_ROWS) == 1
+    for row in rows.FIXED_ROWS:
+        twin = twins[row.name.removesuffix(", fixed segments")]
         assert row.arguments() == twin.arguments()
         texts = [data.write_data(each, tmp_path / "rows.jsonl").read_text() for each in (row, twin)]
         assert texts[0] == texts[1]
     measured = {"name": "x", "engine": "transformers", "allocated_error": 0.5, "used_error": 0.5}
-    found = module("prediction_figures").figures([measured | {"allocator": "expandable"}])
-    assert (found["rows"], found["expandable"]["rows"]) == (0, 1)
+    found = module("prediction_figures").figures([measured | {"allocator": "fixed"}])
+    assert (found["rows"], found["fixed_segments"]["rows"]) == (0, 1)
 
 
 def test_what_processes_hold_is_watched_while_a_row_runs(module: Any) -> None:
@@ -186,10 +191,11 @@ def test_logs_tell_which_of_unsloths_ways_a_run_took(module: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["qwen2-1.5b full 8-bit", "qwen2-1.5b captured mixed"])
-def test_rows_that_corrected_a_formula_are_met_now(module: Any, name: str) -> None:
+def test_rows_that_corrected_a_formula_are_met_now(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both were in view, so this guards against regressions and is no forecast. The others in view were recorded
-    before the optimizer had states."""
-    path = BENCHMARKS / "results" / "prediction.NVIDIA-H100-80GB-HBM3.json"
+    before the optimizer had states. The allocator's segments were fixed then."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    path = BENCHMARKS / "results" / "prediction.fixed-segments.NVIDIA-H100-80GB-HBM3.json"
     row = next(row for row in json.loads(path.read_text())["rows"] if row["name"] == name)
     assert row["in_view"] and abs(row["allocated_error"]) > 0.005
     module("prediction_again")._predict(row)

@@ -60,6 +60,8 @@ def predict(row: Row) -> MemoryEstimate:
         cross_entropy="fused" if engine == "unsloth" else "plain",
         sequence_length=tokens,
         attention_mask=False,
+        # Unsloth sets the allocator up by itself; transformers ran before parallel-tune did.
+        segments_grow=engine == "unsloth",
     )
     facts = facts_from_config({"model_type": model_type, **sizes})
     return ClosedFormEstimator(facts, settings).memory(whole(facts), Arrangement(1, rows, 2, checkpointing), H200)

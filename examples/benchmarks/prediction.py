@@ -36,7 +36,7 @@ from typing import Any
 from prediction_data import write_data
 from prediction_edges import edge_rows
 from prediction_figures import figures, line, score
-from prediction_rows import EXPANDABLE_ROWS, ROWS, Row
+from prediction_rows import FIXED_ROWS, IN_VIEW, ROWS, Row
 from prediction_watch import ProcessMemory
 from shapes import SHAPES
 
@@ -115,8 +115,8 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         # What earlier runs teach must not decide whether these rows are run.
         "XDG_CACHE_HOME": str(work / "cache"),
     }
-    if row.allocator == "expandable":
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if row.allocator == "fixed":
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
     started = time.monotonic()
     with ProcessMemory(gpu) as watched:
         code, output = _in_group(command, environment)
@@ -134,7 +134,7 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         "process_used_peak_bytes": watched.peak_bytes,
         "arguments": row.arguments(),
         "may_fail": row.may_fail,
-        "in_view": False,
+        "in_view": row.name in IN_VIEW,
         "seconds": round(time.monotonic() - started, 1),
     }
     if (run / "plan.json").exists():
@@ -235,8 +235,10 @@ def measure(options: argparse.Namespace) -> Path:
     measured = json.loads(path.read_text())["rows"] if path.exists() else []
     settled = {row.get("name") for row in measured if is_settled(row)}
     # Early among the others: what they show is whether a plan can be relied upon.
-    all_rows = [*ROWS[:12], *edge_rows(device), *EXPANDABLE_ROWS, *ROWS[12:]]
+    all_rows = [*ROWS[:12], *edge_rows(device), *FIXED_ROWS, *ROWS[12:]]
+    all_rows.sort(key=lambda row: row.name not in IN_VIEW)
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
+    todo = [row for row in todo if row.name in IN_VIEW or not options.in_view]
     failed = {row.get("name") for row in measured} - settled
     todo.sort(key=lambda row: row.name in failed)  # those that failed come last
     options.work.mkdir(parents=True, exist_ok=True)
@@ -268,6 +270,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0, help="begin no row that would end later; 0: all rows")
     parser.add_argument("--only", default="", help="only rows whose names contain this")
+    parser.add_argument("--in-view", action="store_true", help="only rows that may change a formula")
     parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--again", type=Path, help="predict the rows of this results file anew")

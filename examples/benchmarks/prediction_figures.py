@@ -33,7 +33,7 @@ def figures(rows: list[Measured]) -> dict[str, Any]:
     Rows that were in view when a formula or a constant was made are counted apart: they are no test of it; and so are
     those of another allocator, of which predictions know nothing.
     """
-    expandable = [row for row in rows if row.get("allocator")]
+    fixed = [row for row in rows if row.get("allocator")]
     rows = [row for row in rows if not row.get("allocator")]
     fresh = [row for row in rows if not row.get("in_view")]
     found = _errors(fresh)
@@ -44,7 +44,7 @@ def figures(rows: list[Measured]) -> dict[str, Any]:
     found["bounds"] = len(bounds)
     found["bounds_that_hold"] = sum(row["allocated_error"] >= 0 for row in bounds)
     found["in_view"] = _errors([row for row in rows if row.get("in_view")])
-    found["expandable"] = _errors(expandable)
+    found["fixed_segments"] = _errors(fixed)
     refused = [row for row in fresh if row.get("may_fail")]
     found["refused_rows"] = len(refused)
     found["refused_rows_that_ran_out_of_memory"] = sum(bool(row.get("ran_out_of_memory")) for row in refused)

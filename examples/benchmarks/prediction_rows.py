@@ -1,8 +1,9 @@
 """The runs that examples/benchmarks/prediction.py scores; each engine, method and mode comes early.
 
 None of them was seen while a formula or a constant was made. What was seen then: the rows of results that carry
-`in_view`, six steps of Llama and Qwen3 shapes, and captured runs of a Qwen3-8B and a Llama-1B shape. Once these rows
-have changed a formula, they have to be marked so in their turn, and others have to take their place.
+`in_view`, six steps of Llama and Qwen3 shapes, captured runs of a Qwen3-8B and a Llama-1B shape, and the rows of
+IN_VIEW. Once other rows have changed a formula, they have to be put there in their turn, and more have to take their
+place.
 
 A captured step is recorded when its size comes for the second time. Rows of one size have one micro-batch a step, so
 that this falls into the second step: the optimizer's states exist, and the predicted peak is met.
@@ -31,7 +32,7 @@ class Row:
         options: what else the command line has.
         on: what the run is planned for; another card than the one there for a run that does not fit it.
         may_fail: it is there to run out of memory.
-        allocator: how torch's allocator is set up; "expandable" for segments that grow, as Unsloth sets it by itself.
+        allocator: how torch's allocator is set up; "fixed" for segments that do not grow, unlike parallel-tune's own.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Row:
     options: tuple[str, ...] = ()
     on: str = ""
     may_fail: bool = False
-    allocator: Literal["", "expandable"] = ""
+    allocator: Literal["", "fixed"] = ""
 
     def arguments(self) -> list[str]:
         """The command line, files aside."""
@@ -120,9 +121,15 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 """All but those whose length follows from the card, which prediction.py makes."""
 
-TWINS = ("mistral-7b", "qwen2-1.5b long recomputed", "llama-3b joined short", "llama-3b captured mixed")
-EXPANDABLE_ROWS: tuple[Row, ...] = tuple(
-    replace(row, name=f"{row.name}, expandable segments", allocator="expandable") for row in ROWS if row.name in TWINS
+IN_VIEW: Final = (
+    "qwen2-1.5b long recomputed", "qwen3-4b unsloth nf4 offloaded", "llama-3b captured mixed",
+    "llama-3b unsloth captured short", "mistral-7b captured full rows", "qwen2-1.5b captured packed", "llama-3b full",
+)  # fmt: skip
+"""Rows that were seen when the reserve of an allocator whose segments grow was put into the formulas."""
+
+TWINS = ("qwen2-1.5b long recomputed", "llama-3b captured mixed")
+FIXED_ROWS: tuple[Row, ...] = tuple(
+    replace(row, name=f"{row.name}, fixed segments", allocator="fixed") for row in ROWS if row.name in TWINS
 )
-"""The same runs with an allocator whose segments grow: what that does to its reserve and to speed. Predictions know
-nothing of it, so they are scored apart."""
+"""The same runs with an allocator whose segments do not grow: what that does to its reserve and to speed. Scored
+apart."""

@@ -96,7 +96,7 @@ class ClosedFormEstimator:
     def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
         """The caching allocator's own: freed blocks that no later tensor fitted into."""
         reserve = max(int(allocated * constants.reserve_fraction), constants.segment_bytes)
-        if not part.head or self.settings.cross_entropy == "fused":
+        if self.settings.segments_grow or not part.head or self.settings.cross_entropy == "fused":
             return reserve
         logits = arrangement.micro_batch * self.settings.sequence_length * self.facts.vocab_size
         logits *= self.settings.compute_bytes

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.allocator import allocator_variables
 from parallel_tune.cache import cache_folder, read_object, write_object
 from parallel_tune.memory.machine_key import MachineKey
 from parallel_tune.memory.settings import CUDA_DEFAULTS, MachineConstants
@@ -166,6 +167,7 @@ def in_child(
         NotMeasured: the process failed, took too long, or said nothing that can be read.
     """
     env = {"NCCL_SOCKET_IFNAME": "lo", **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+    env.update(allocator_variables(env))
     with subprocess.Popen(
         (*command, *uuids),
         env=env,

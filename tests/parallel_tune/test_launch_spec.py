@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_tune.allocator import VARIABLES, segments_grow
 from parallel_tune.config import make_config
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.launch import Watcher, launch_spec
@@ -139,3 +140,28 @@ def test_a_worker_whose_watcher_is_gone_ends() -> None:
         os._exit(9)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": ""}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, None),
+        ({"WSL_DISTRO_NAME": "Ubuntu"}, None),
+    ],
+)
+def test_the_allocators_segments_grow_unless_the_user_set_it_up(environ: dict[str, str], expected: str | None) -> None:
+    env = launch_spec(plan("1xH100-80GB"), RUN, environ, 8).env
+    assert env.get("PYTORCH_ALLOC_CONF") == expected
+    assert segments_grow(environ) == segments_grow(env) == (expected == "expandable_segments:True")
+    assert "PYTORCH_ALLOC_CONF" not in launch_spec(plan("cpu:2"), RUN, {}, 8).env
+
+
+def test_a_plan_counts_more_reserve_where_segments_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    growing = plan("1xH100-80GB").devices[0].memory.reserve_bytes
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    assert plan("1xH100-80GB").devices[0].memory.reserve_bytes > growing > 0
