@@ -117,6 +117,14 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
     return _output(tape, scene, facts, layer, joined, output)
 
 
+def _feed_forward_scratch(facts: ModelFacts, scene: Scene, inner: int, hidden: int) -> int:
+    """What the block's derivative holds while it runs: the compiled one writes its three inner products anew; beside
+    packed weights, which no compiler follows, it is Unsloth's own, which works in place, beside one unpacked weight and a hidden state."""
+    if scene.settings.load_in_4bit:
+        return inner + hidden + facts.intermediate_size * facts.hidden_size * scene.element_bytes
+    return 3 * inner + FEED_FORWARD_HIDDEN * hidden
+
+
 def _unpacked_bytes(facts: ModelFacts, scene: Scene) -> int:
     return 2 * facts.kv_size * facts.hidden_size * scene.element_bytes if scene.settings.load_in_4bit else 0
 
@@ -145,7 +153,7 @@ def _feed_forward(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, sourc
             (normed, products, casts),
             _adapter_gradients(facts, scene, layer, names),
             scratch_bytes=inner,
-            backward_scratch_bytes=3 * inner + FEED_FORWARD_HIDDEN * normed.size_bytes,
+            backward_scratch_bytes=_feed_forward_scratch(facts, scene, inner, normed.size_bytes),
         )
         tape.release(casts)
         tape.release(products)
