@@ -1,0 +1,388 @@
+"""Rows of the prediction benchmark beside each other: who runs when, in which folders, and how they are scored."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.nvml import Probe
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+CARD = "1xH100-80GB"
+GIB = 1 << 30
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+class FakeNvml:
+    """A card on which processes, by their numbers, hold what a function says when it is asked."""
+
+    NVMLError = OSError
+
+    def __init__(self, held: Callable[[], dict[int, int | None]]) -> None:
+        self._held = held
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self._held().items()]
+
+
+class Card:
+    """Runs tasks that last until they are told to end, and keeps who was there together."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.together: list[set[str]] = []
+        self.slots: dict[str, int] = {}
+        self._running: set[str] = set()
+        self._lock = threading.Lock()
+
+    def run(self, row: Any, slot: int, over: threading.Event) -> str:
+        with self._lock:
+            self.order.append(row.name)
+            self._running.add(row.name)
+            assert slot not in {self.slots[name] for name in self._running - {row.name}}
+            self.slots[row.name] = slot
+            self.together.append(set(self._running))
+        subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(0.15)"], check=True)
+        with self._lock:
+            self._running.discard(row.name)
+        return str(row.name)
+
+
+def tasks_of(module: Any, *wanted: tuple[str, int, bool]) -> list[Any]:
+    task = module("prediction_jobs").Task
+    return [task(SimpleNamespace(name=name), size, alone) for name, size, alone in wanted]
+
+
+def run_all(module: Any, tasks: list[Any], jobs: int, room: int, card: Card, **more: Any) -> int:
+    calls = {"done": lambda task, result: False, "in_time": lambda row: True, "settle": lambda: None} | more
+    return int(module("prediction_jobs").run_side_by_side(tasks, jobs, room, card.run, **calls))
+
+
+def test_rows_share_the_card_as_far_as_they_fit_and_those_alone_do_not(module: Any) -> None:
+    wanted = [("a", 50, False), ("b", 40, False), ("c", 30, False), ("edge", 1, True), ("d", 20, False)]
+    wanted += [("huge", 500, False), ("e", 20, False)]
+    sizes = {name: size for name, size, _ in wanted}
+    card, settled = Card(), []
+    left = run_all(module, tasks_of(module, *wanted), 3, 85, card, settle=lambda: settled.append(card.order[-1:]))
+    assert left == 0
+    assert sorted(card.order) == sorted(sizes)
+    assert card.order.index("c") < card.order.index("b")  # there was room for it, beside a, and for b there was none
+    assert card.order.index("edge") == 3  # nothing overtook it
+    assert {"d", "e"} in card.together
+    for names in card.together:
+        assert len(names) <= 3
+        assert len(names) == 1 or (sum(sizes[name] for name in names) <= 85 and "edge" not in names)
+    assert settled[0] == [] and ["edge"] in settled  # whoever comes first finds a card at rest
+
+
+def test_no_more_rows_than_jobs_and_one_job_keeps_the_order(module: Any) -> None:
+    wanted = [(str(number), 1, False) for number in range(5)]
+    card = Card()
+    run_all(module, tasks_of(module, *wanted), 2, 100, card)
+    assert max(len(names) for names in card.together) == 2
+    assert set(card.slots.values()) == {0, 1}
+    card = Card()
+    run_all(module, tasks_of(module, *wanted), 1, 100, card)
+    assert card.order == [name for name, _, _ in wanted]
+    assert all(len(names) == 1 for names in card.together)
+
+
+def test_a_row_that_failed_beside_others_is_run_again_alone(module: Any) -> None:
+    card = Card()
+    said: list[tuple[str, bool]] = []
+
+    def done(task: Any, result: str) -> bool:
+        said.append((result, task.alone))
+        return result == "b" and not task.alone
+
+    run_all(module, tasks_of(module, ("a", 1, False), ("b", 1, False), ("c", 1, False)), 3, 9, card, done=done)
+    assert said.count(("b", False)) == said.count(("b", True)) == 1
+    assert card.together[-1] == {"b"} and len(card.order) == 4
+
+
+def test_when_time_is_short_no_row_begins_and_those_that_run_end(module: Any) -> None:
+    card, ended = Card(), []
+    left = run_all(
+        module,
+        tasks_of(module, *((str(number), 1, False) for number in range(6))),
+        2,
+        9,
+        card,
+        done=lambda task, result: bool(ended.append(result)),
+        in_time=lambda row: row.name != "3",
+    )
+    assert left == 3
+    assert sorted(ended) == card.order == ["0", "1", "2"]
+
+
+def test_room_leaves_what_unsloth_looks_at(module: Any) -> None:
+    jobs = module("prediction_jobs")
+    assert jobs.room_bytes(80 * GIB) == int(0.85 * 80 * GIB)
+    assert jobs.room_bytes(24 * GIB) == 14 * GIB
+
+
+def test_what_rows_are_expected_to_hold_is_what_their_plans_say(module: Any) -> None:
+    rows = {row.name: row for row in module("prediction_rows").ROWS}
+    device = parse_hardware(CARD).devices[0]
+    expected = {name: module("prediction_jobs").expected_bytes(rows[name], device) for name in rows}
+    assert all(4 * GIB < size < 0.85 * device.free_bytes for size in expected.values())
+    fixed = BENCHMARKS / "results" / "prediction.fixed-segments.NVIDIA-H100-80GB-HBM3.json"
+    measured = {
+        row["name"]: row["used_peak_bytes"] for row in json.loads(fixed.read_text())["rows"] if "used_error" in row
+    }
+    compared = rows.keys() & measured
+    assert len(compared) >= 3
+    for name in compared:
+        assert measured[name] < module("prediction_jobs").expected_bytes(replace(rows[name], allocator="fixed"), device)
+
+
+CHILD = "import os, subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
+
+
+def test_only_what_descends_from_a_row_is_its_use(module: Any) -> None:
+    """Two rows whose processes have children, in sessions of their own as workers are, and a stranger's."""
+    watch, process = module("prediction_watch"), module("prediction_process")
+    worker = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {CHILD!r}], start_new_session=True)"
+    rows = [process.start([sys.executable, "-S", "-c", worker], dict(os.environ)) for _ in range(2)]
+    try:
+        trees = [wait_for_descendants(row.pid, 2) for row in rows]
+        moment = {"asked": 0}
+        many = threading.Event()
+
+        def held() -> dict[int, int | None]:
+            moment["asked"] += 1
+            if moment["asked"] > 6:
+                many.set()
+            high = 3 if moment["asked"] == 2 else 1  # a peak that is over at once
+            first, second = trees
+            return {first[-1]: high * GIB, first[0]: GIB, second[-1]: 9 * GIB, os.getpid(): 20 * GIB, 2**30: GIB}
+
+        with watch.ProcessMemory("GPU-0", FakeNvml(held), rows[0].pid) as watched:
+            assert many.wait(30)
+        assert watched.peak_bytes == 4 * GIB
+        many.clear()
+        with watch.ProcessMemory("GPU-0", FakeNvml(lambda: {os.getpid(): GIB}), rows[0].pid) as watched:
+            time.sleep(0.2)
+        assert watched.peak_bytes is None
+    finally:
+        for row in rows:
+            for child in psutil.Process(row.pid).children(recursive=True):
+                child.kill()
+            row.kill()
+            row.communicate()
+
+
+def wait_for_descendants(pid: int, count: int) -> list[int]:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        if len(found) >= count:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{pid} has started {found}")
+
+
+def test_a_command_is_ended_when_it_takes_too_long_or_all_is_over(module: Any) -> None:
+    process = module("prediction_process")
+    over = threading.Event()
+    talks = [sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"]
+    code, output = process.outcome(process.start(talks, dict(os.environ)), 1.5, over)
+    assert code == -signal.SIGKILL and output == "begun\n\nended after 1.5 s"
+    assert process.outcome(process.start([sys.executable, "-c", "print(1)"], dict(os.environ)), 60, over) == (0, "1\n")
+    started = process.start(talks, dict(os.environ))
+    threading.Timer(0.3, over.set).start()
+    with pytest.raises(process.Ended):
+        process.outcome(started, 60, over)
+    assert started.returncode == -signal.SIGKILL
+
+
+PROGRAM = """
+import os, pathlib, sys, time
+model = pathlib.Path(sys.argv[sys.argv.index("--model") + 1])
+assert sys.argv[1:3] == ["plan", "--measure"] and (model / "config.json").exists()
+assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-0"
+folder = pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "parallel-tune" / "constants"
+folder.mkdir(parents=True)
+(folder / "card.json").write_text(str(os.getpid()))
+time.sleep(1)
+"""
+
+
+def test_constants_are_measured_once_and_each_row_has_them(module: Any, tmp_path: Path) -> None:
+    constants = module("prediction_constants")
+    program = (sys.executable, "-c", PROGRAM)
+    kept = Path("parallel-tune") / "constants" / "card.json"
+
+    def held() -> dict[int, int | None]:
+        path = tmp_path / "constants" / kept
+        return {int(path.read_text()): GIB} if path.exists() and path.read_text() else {}
+
+    for _ in range(2):
+        folder = constants.measured_constants(tmp_path / "constants", "GPU-0", program, FakeNvml(held))
+        program = ("/no/such/program",)  # it is not asked again
+    for slot in ("slot-0", "slot-1"):
+        cache = tmp_path / slot / "cache"
+        taught = cache / "parallel-tune" / "corrections" / "card.jsonl"
+        taught.parent.mkdir(parents=True)
+        taught.write_text("{}\n")
+        constants.prepare_cache(cache, folder)
+        assert (cache / kept).read_text() == (folder / kept).read_text()
+        assert not taught.exists()
+
+
+@pytest.mark.parametrize("held", [{}, {os.getpid(): GIB}])
+def test_jobs_are_refused_where_nvml_does_not_name_our_processes(
+    module: Any, held: dict[int, int], tmp_path: Path
+) -> None:
+    constants = module("prediction_constants")
+    program = (sys.executable, "-c", PROGRAM)
+    with pytest.raises(SystemExit, match="Leave --jobs out"):
+        constants.measured_constants(tmp_path / "constants", "GPU-0", program, FakeNvml(lambda: dict(held)))
+    assert not (tmp_path / "constants").exists()
+    with pytest.raises(SystemExit, match="exit code 3"):
+        failing = (sys.executable, "-c", "raise SystemExit(3)")
+        constants.measured_constants(tmp_path / "constants", "GPU-0", failing, FakeNvml(dict))
+
+
+def test_a_row_beside_others_is_scored_by_its_own_processes(module: Any) -> None:
+    device = {"predicted_allocated_bytes": 90, "predicted_peak_bytes": 110, "allocated_peak_bytes": 90}
+    device |= {"reserved_peak_bytes": 95, "used_peak_bytes": 300}
+    row: dict[str, Any] = {"name": "x", "devices": [device], "plan": {"devices": [{}]}, "process_used_peak_bytes": 100}
+    score = module("prediction_figures").score
+    for jobs, used, by in ((None, 300, "card"), (1, 300, "card"), (3, 100, "process")):
+        measured = dict(row) if jobs is None else row | {"jobs": jobs}
+        score(measured)
+        assert (measured["used_peak_bytes"], measured["used_by"]) == (used, by)
+        assert measured["used_error"] == pytest.approx(110 / used - 1)
+    with pytest.raises(ValueError, match="NVML named no process of 'x'"):
+        score(row | {"jobs": 2, "process_used_peak_bytes": None})
+
+
+ROW_PROGRAM = """
+import os, sys, time
+print(os.environ["XDG_CACHE_HOME"], flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def benchmark(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark with small processes for rows, on a card that is not there."""
+    prediction = module("prediction")
+    found = Probe(parse_hardware(CARD), ("GPU-0",), ())
+    monkeypatch.setattr(prediction, "probe_details", lambda _: found)
+    (tmp_path / "models").mkdir()
+
+    class Models:
+        def __init__(self, folder: Path, wanted: list[str]) -> None:
+            pass
+
+        def wait_for(self, shape: str, over: threading.Event) -> Path:
+            return tmp_path / "models"
+
+        def done_with(self, shape: str) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(prediction, "Models", Models)
+    monkeypatch.setattr(prediction, "measured_constants", lambda folder, gpu: tmp_path / "constants")
+    (tmp_path / "constants" / "parallel-tune" / "constants").mkdir(parents=True)
+    (tmp_path / "constants" / "parallel-tune" / "constants" / "card.json").write_text("{}")
+    prediction.seconds = "0.3"
+    real = prediction.start
+
+    def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+        assert (Path(variables["XDG_CACHE_HOME"]) / "parallel-tune" / "constants" / "card.json").exists()
+        assert Path(command[command.index("--dataset") + 1]).parent == Path(variables["XDG_CACHE_HOME"]).parent
+        process: subprocess.Popen[str] = real([sys.executable, "-S", "-c", ROW_PROGRAM, prediction.seconds], variables)
+        prediction.started.append((process, time.monotonic()))
+        return process
+
+    prediction.started = []
+    monkeypatch.setattr(prediction, "start", start)
+    return prediction
+
+
+def test_rows_run_beside_each_other_in_folders_of_their_own(
+    module: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[str] = []
+    real = benchmark.outcome
+
+    def outcome(process: Any, limit: float, over: threading.Event) -> tuple[int, str]:
+        _, output = real(process, limit, over)
+        outputs.append(output.strip())
+        return 1, "CUDA out of memory"  # there is no report, as of a row that failed
+
+    monkeypatch.setattr(benchmark, "outcome", outcome)
+    options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--only", "qwen3-4b", "--jobs", "2"]
+    path = benchmark.main(options)
+    rows = json.loads(path.read_text())["rows"]
+    expected = [row.name for row in module("prediction_rows").ROWS if "qwen3-4b" in row.name]
+    assert sorted(row["name"] for row in rows) == sorted(expected)
+    assert all(row["jobs"] == 2 and row["ran_out_of_memory"] for row in rows)
+    # Each failed beside others, and once more alone.
+    assert len(outputs) == 2 * len(expected)
+    assert {Path(cache).parent.name for cache in outputs} == {"slot-0", "slot-1"}
+    benchmark.started.clear()
+    benchmark.main(options)
+    assert not benchmark.started  # running out of memory alone is a result
+
+
+def test_an_interrupt_ends_all_rows_and_leaves_the_file_whole(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark.seconds = "60"
+    path = tmp_path / "prediction.H100-80GB.json"
+    before = {"name": "old", "engine": "unsloth", "failed": "x", "ran_out_of_memory": True, "tokens": 1, "rows": 1}
+    path.write_text(json.dumps({"rows": [before], "figures": {}}))
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while len(benchmark.started) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--only", "qwen3-4b", "--jobs", "3"]
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(options)
+    assert time.monotonic() - began < 30
+    assert len(benchmark.started) >= 2
+    assert all(process.returncode == -signal.SIGKILL for process, _ in benchmark.started)
+    assert json.loads(path.read_text())["rows"] == [before]
+
+
+def test_no_jobs_are_refused(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--jobs", "0"])
+    assert "--jobs 0" in capsys.readouterr().err
