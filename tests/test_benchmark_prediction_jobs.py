@@ -186,9 +186,14 @@ def test_only_what_descends_from_a_row_is_its_use(module: Any) -> None:
         with watch.ProcessMemory("GPU-0", FakeNvml(held), rows[0].pid) as watched:
             assert many.wait(30)
         assert watched.peak_bytes == 4 * GIB
-        many.clear()
-        with watch.ProcessMemory("GPU-0", FakeNvml(lambda: {os.getpid(): GIB}), rows[0].pid) as watched:
-            time.sleep(0.2)
+        asked = threading.Event()
+
+        def strangers() -> dict[int, int | None]:
+            asked.set()
+            return {os.getpid(): GIB}
+
+        with watch.ProcessMemory("GPU-0", FakeNvml(strangers), rows[0].pid) as watched:
+            assert asked.wait(30)
         assert watched.peak_bytes is None
     finally:
         for row in rows:
