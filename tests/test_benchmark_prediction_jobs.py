@@ -68,7 +68,7 @@ class Card:
             assert slot not in {self.slots[name] for name in self._running - {row.name}}
             self.slots[row.name] = slot
             self.together.append(set(self._running))
-        subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(0.15)"], check=True)
+        subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"], check=True)
         with self._lock:
             self._running.discard(row.name)
         return str(row.name)
@@ -391,3 +391,43 @@ def test_no_jobs_are_refused(benchmark: Any, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         benchmark.main(["--jobs", "0"])
     assert "--jobs 0" in capsys.readouterr().err
+
+
+REPORTING_PROGRAM = """
+import json, pathlib, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+run.mkdir()
+sizes = {"predicted_allocated_bytes": 90, "predicted_peak_bytes": 110, "allocated_peak_bytes": 90}
+device = sizes | {"reserved_peak_bytes": 95, "used_peak_bytes": 300, "used_by": "card"}
+(run / "report.json").write_text(json.dumps({"devices": [device], "steps": 3}))
+(run / "plan.json").write_text(json.dumps({"devices": [{}]}))
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize(("jobs", "used", "by"), [(1, 300, "card"), (2, 100, "process")])
+def test_a_row_that_ran_is_kept_with_what_it_used(
+    module: Any, benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, used: int, by: str
+) -> None:
+    pids: list[int] = []
+    real = module("prediction_process").start
+
+    def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+        process: subprocess.Popen[str] = real([sys.executable, "-c", REPORTING_PROGRAM, *command[3:]], variables)
+        pids.append(process.pid)
+        return process
+
+    def watch(uuid: str, root: int | None = None) -> Any:
+        nvml = FakeNvml(lambda: dict.fromkeys(pids, 100) | {os.getpid(): 50})
+        return module("prediction_watch").ProcessMemory(uuid, nvml, root)
+
+    monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(benchmark, "ProcessMemory", watch)
+    options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--only", "qwen3-4b"]
+    path = benchmark.main([*options, "--jobs", str(jobs)])
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == len(pids) >= 4
+    assert all((row["used_peak_bytes"], row["used_by"], row["jobs"]) == (used, by, jobs) for row in rows)
+    assert all(row["used_error"] == pytest.approx(110 / used - 1) and row["steps"] == 3 for row in rows)
+    benchmark.main([*options, "--jobs", str(jobs)])
+    assert len(pids) == len(rows)  # what was measured is not run again
