@@ -12,6 +12,7 @@ import psutil
 
 from parallel_tune.hardware import probe_details
 from parallel_tune.launch import pid_file
+from parallel_tune.nvml import used_bytes
 from parallel_tune.rundir import RunDir
 from strategies.contracts import Plan
 
@@ -50,8 +51,7 @@ def nvml_gauge(nvml: Any, uuids: list[str]) -> Gauge:
     def read(handle: Any) -> Reading | None:
         try:
             try:
-                # Without what the driver keeps for itself, as CUDA and the plan count.
-                used = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used
+                used = used_bytes(nvml, handle)
             except nvml.NVMLError:
                 used = nvml.nvmlDeviceGetMemoryInfo(handle).used
             return Reading(int(used), nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)

@@ -108,6 +108,15 @@ def read_nvml() -> list[NvmlGpu]:
         pynvml.nvmlShutdown()
 
 
+def used_bytes(nvml: Any, handle: Any) -> int:
+    """What is in use on a GPU without what the driver keeps for itself, as CUDA and the plan count.
+
+    Raises:
+        nvml.NVMLError: the GPU cannot be read, or the driver is too old to tell the two apart.
+    """
+    return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+
+
 def driver_version() -> str:
     """NVIDIA's driver; "none" where there is none."""
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from parallel_tune import machine
 from parallel_tune.capture import replayed
 from parallel_tune.config import TrainConfig
+from parallel_tune.device_use import CardUse
 from parallel_tune.prediction import TrainedRows
 from parallel_tune.rundir import RunDir, write_atomically
 from parallel_tune.tracing import predict_for_rows
@@ -59,14 +60,15 @@ def write(
     rows: TrainedRows,
     total_seconds: float,
     startup_seconds: dict[str, float],
+    use: CardUse,
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
 
     The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
     prediction for the rows that were trained (`predicted_*_bytes`).
     """
-    measured: dict[int, dict[str, int]] = {}
-    for by_device in session.gather(measure_devices(plan, session)):
+    measured: dict[int, dict[str, Any]] = {}
+    for by_device in session.gather(measure_devices(plan, session, use)):
         measured.update(by_device)
     if not session.is_main:
         return
@@ -131,8 +133,8 @@ def write(
             print(f"what this run used was not kept for later plans: {type(error).__name__}: {error}")
 
 
-def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
-    """Peaks of the devices that this rank used, by the plan's device index.
+def measure_devices(plan: Plan, session: Session, use: CardUse) -> dict[int, dict[str, Any]]:
+    """Peaks of the devices that this rank used, by the plan's device index; `used_by` says whose use it is.
 
     On a CPU the process is the device: its peak resident size, weights of the interpreter and libraries included.
     """
@@ -145,13 +147,17 @@ def measure_devices(plan: Plan, session: Session) -> dict[int, dict[str, int]]:
     for place in places:
         ordinal = session.device.index if plan.processes > 1 else plan.ordinals[place]
         free, total = torch.cuda.mem_get_info(ordinal)
-        outside_allocator = total - free - torch.cuda.memory_reserved(ordinal)
+        reserved = torch.cuda.memory_reserved(ordinal)
+        # torch leaves out the beginning that NVML and CUDA_VISIBLE_DEVICES have.
+        uuid = f"GPU-{torch.cuda.get_device_properties(ordinal).uuid}"
+        used, used_by = use.now(uuid, reserved, total - free)
         reserved_peak = torch.cuda.max_memory_reserved(ordinal)
         result[plan.devices[place].index] = {
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(ordinal),
             "reserved_peak_bytes": reserved_peak,
             # What lies outside the allocator stays until the end; what it had reserved it may have given back.
-            "used_peak_bytes": outside_allocator + reserved_peak,
+            "used_peak_bytes": used - reserved + reserved_peak,
+            "used_by": used_by,
         }
     return result
 

@@ -93,9 +93,11 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     config, plan = run.read()
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
+    from parallel_tune.device_use import CardUse, look_before
     from parallel_tune.engines import open_engine
     from strategies.registry import load_registry
 
+    use = look_before(os.environ) if plan.devices[0].kind == "cuda" else CardUse()
     # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
     session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     engine = open_engine(plan.engine)
@@ -186,7 +188,7 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     rows = trained_rows(batches, plan, steps, gathering.padded_reason, gathering.sizes)
     report.write(
         run, config, plan, session, metrics, steps, results, data_report, rows, time.monotonic() - started,
-        startup.report(),
+        startup.report(), use,
     )  # fmt: skip
     session.barrier()
     session.close()

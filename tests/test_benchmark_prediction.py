@@ -28,7 +28,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def plan_of(module: Any, row: Any, hardware: str = CARD) -> Plan:
-    config = module("prediction_again")._config(row.arguments(), row.shape)
+    config = module("prediction_again").read_arguments(row.arguments(), row.shape)
     facts = module("prediction_edges").facts_of(row.shape)
     return make_plan(config, facts, row.engine, parse_hardware(hardware), load_registry())
 
@@ -212,7 +212,8 @@ def test_what_was_measured_is_not_run_again(module: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(prediction, "Models", FakeModels)
     ran: list[str] = []
 
-    def run(row: Any, _model: Path, _work: Path, gpu: str) -> dict[str, Any]:
+    def run(row: Any, _model: Path, place: Any, over: threading.Event) -> dict[str, Any]:
+        assert (place.folder, place.jobs, place.constants) == (tmp_path, 1, None)
         ran.append(row.name)
         failed = {"failed": "x", "ran_out_of_memory": row.may_fail} if len(ran) % 3 == 0 or row.may_fail else {}
         good = {} if failed else {"allocated_error": 0.0, "used_error": 0.0, **SIZES}
@@ -244,7 +245,7 @@ class FakeModels:
     def __init__(self, folder: Path, wanted: list[str]) -> None:
         self.wanted = wanted
 
-    def wait_for(self, shape: str) -> Path:
+    def wait_for(self, shape: str, over: threading.Event) -> Path:
         return Path(shape)
 
     def done_with(self, shape: str) -> None:

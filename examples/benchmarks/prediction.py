@@ -1,6 +1,6 @@
 """Predicted memory against measured, one short training run a row, on one GPU.
 
-    python examples/benchmarks/prediction.py [--minutes 8] [--only TEXT] [--work FOLDER] [--results FOLDER]
+    python examples/benchmarks/prediction.py [--minutes 8] [--jobs 3] [--only TEXT] [--work FOLDER] [--results FOLDER]
     python examples/benchmarks/prediction.py --again FILE [--rival VENV/bin/python]
 
 Random-weight models of well-known shapes are made on the spot, beside the runs. Every row is a `parallel-tune` run of
@@ -9,6 +9,10 @@ has already are not run again, so a command that was cut short is simply given o
 rows there are and what was in view before them; three more have lengths that follow from the card: two that the plan
 says just fit, and one that it refuses, which is planned for a larger card, run all the same, and has to run out of
 memory.
+
+With `--jobs N`, up to N rows run side by side while the card holds them all by their plans; the three whose lengths
+follow from the card run alone. The card's constants are measured before, once; "used" is the peak that NVML gives for
+a row's own processes; a row that fails beside others is run once more, alone. Speeds of such rows say nothing.
 
 `--again` takes a results file, predicts its rows anew with the formulas as they are now, and, with `--rival`, lets
 fitcheck-llm (installed in an environment of its own) predict those that it can express. It needs no GPU.
@@ -24,18 +28,22 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prediction_constants import measured_constants, prepare_cache
 from prediction_data import write_data
 from prediction_edges import edge_rows
 from prediction_figures import figures, line, score
+from prediction_jobs import Task, expected_bytes, room_bytes, run_side_by_side
+from prediction_process import Ended, environment, outcome, start
 from prediction_rows import FIXED_ROWS, IN_VIEW, ROWS, Row
 from prediction_watch import ProcessMemory
 from shapes import SHAPES
@@ -76,14 +84,17 @@ class Models:
         command = ["nice", sys.executable, str(FILLED_MODELS), str(folder), *missing]
         self._making = subprocess.Popen(command, env=environment) if missing else None
 
-    def wait_for(self, shape: str) -> Path:
+    def wait_for(self, shape: str, over: threading.Event) -> Path:
         """The model's folder, when it is complete.
 
         Raises:
             RuntimeError: it could not be made.
+            Ended: `over` was set meanwhile.
         """
         folder = self._folder / shape
         while not (folder / "config.json").exists():
+            if over.is_set():
+                raise Ended
             if self._making is None or self._making.poll() not in (None, 0):
                 raise RuntimeError(f"{shape} could not be made")
             time.sleep(0.2)
@@ -101,25 +112,44 @@ class Models:
             self._making.wait()
 
 
-def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
-    """Run a row on the GPU; what its report and plan say, or the end of its output."""
-    run = work / "run"
+@dataclass(frozen=True)
+class Place:
+    """Where a row runs.
+
+    Attributes:
+        folder: of this row alone while it runs.
+        gpu: the card's UUID.
+        jobs: how many rows may run side by side.
+        constants: a cache folder that has the card's constants; None where the row measures them itself, if need be.
+    """
+
+    folder: Path
+    gpu: str
+    jobs: int = 1
+    constants: Path | None = None
+
+
+def run_row(row: Row, model: Path, place: Place, over: threading.Event) -> dict[str, Any]:
+    """Run a row on the GPU; what its report and plan say, or the end of its output.
+
+    Raises:
+        Ended: `over` was set before the row's end.
+    """
+    place.folder.mkdir(parents=True, exist_ok=True)
+    run = place.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    data = write_data(row, work / "rows.jsonl")
+    data = write_data(row, place.folder / "rows.jsonl")
     command = [sys.executable, "-m", "parallel_tune", "--model", str(model), "--dataset", str(data)]
     command += ["--output_dir", str(run), "--report_to", "none", "--data_cache", "false", *row.arguments()]
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": gpu,
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        # What earlier runs teach must not decide whether these rows are run.
-        "XDG_CACHE_HOME": str(work / "cache"),
-    }
+    cache = place.folder / "cache"
+    prepare_cache(cache, place.constants)
+    variables = environment(place.gpu, str(cache))
     if row.allocator == "fixed":
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
     started = time.monotonic()
-    with ProcessMemory(gpu) as watched:
-        code, output = _in_group(command, environment)
+    process = start(command, variables)
+    with ProcessMemory(place.gpu, root=process.pid if place.jobs > 1 else None) as watched:
+        code, output = outcome(process, ROW_SECONDS, over)
     found: dict[str, Any] = {
         "name": row.name,
         "shape": row.shape,
@@ -135,6 +165,7 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         "arguments": row.arguments(),
         "may_fail": row.may_fail,
         "in_view": row.name in IN_VIEW,
+        "jobs": place.jobs,
         "seconds": round(time.monotonic() - started, 1),
     }
     if (run / "plan.json").exists():
@@ -159,7 +190,10 @@ def run_row(row: Row, model: Path, work: Path, gpu: str) -> dict[str, Any]:
         ):
             if name in report:
                 found["recorded" if name == "captured" else name] = report[name]
-        score(found)
+        try:
+            score(found)
+        except ValueError as error:
+            found |= {"failed": str(error), "ran_out_of_memory": False}
     shutil.rmtree(run, ignore_errors=True)
     return found
 
@@ -168,22 +202,6 @@ def ways_taken(logs: Iterable[Path]) -> dict[str, bool]:
     """Which of Unsloth's ways a run took, by its logs."""
     text = "".join(path.read_text(errors="replace") for path in logs)
     return {name: words in text for name, words in UNSLOTH_WAYS.items()}
-
-
-def _in_group(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and output of a command that is ended, and all it started, when it takes too long."""
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=ROW_SECONDS)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return -signal.SIGKILL, f"{output}\nended after {ROW_SECONDS} s"
-    return process.returncode, output
 
 
 def wait_until_free(device: Device) -> None:
@@ -223,6 +241,11 @@ def write_record(path: Path, hardware: str, rows: list[dict[str, Any]]) -> None:
     part.replace(path)
 
 
+def _bytes_of(row: Row, device: Device, jobs: int) -> int:
+    # One planned for another card runs alone, as all do that have the card to themselves.
+    return device.capacity_bytes if jobs == 1 or row.on else expected_bytes(row, device)
+
+
 def measure(options: argparse.Namespace) -> Path:
     """Run what is missing from the results file, as far as time allows."""
     started = time.monotonic()
@@ -235,7 +258,8 @@ def measure(options: argparse.Namespace) -> Path:
     measured = json.loads(path.read_text())["rows"] if path.exists() else []
     settled = {row.get("name") for row in measured if is_settled(row)}
     # Early among the others: what they show is whether a plan can be relied upon.
-    all_rows = [*ROWS[:12], *edge_rows(device), *FIXED_ROWS, *ROWS[12:]]
+    edges = edge_rows(device)
+    all_rows = [*ROWS[:12], *edges, *FIXED_ROWS, *ROWS[12:]]
     all_rows.sort(key=lambda row: row.name not in IN_VIEW)
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
     todo = [row for row in todo if row.name in IN_VIEW or not options.in_view]
@@ -244,22 +268,41 @@ def measure(options: argparse.Namespace) -> Path:
     options.work.mkdir(parents=True, exist_ok=True)
     with (options.work / f"{found.uuids[0]}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one row at a time on a card, whoever else gives this command
+        constants = None
+        if options.jobs > 1:
+            wait_until_free(device)
+            constants = measured_constants(options.work / "constants", found.uuids[0])
         models = Models(options.work, [row.shape for row in todo])
         usual = {"transformers": [USUAL_SECONDS], "unsloth": [USUAL_SECONDS]}
+
+        def in_time(row: Row) -> bool:
+            expected = time.monotonic() - started + statistics.mean(usual[row.engine])
+            return not options.minutes or expected <= 60 * options.minutes
+
+        def run(row: Row, slot: int, over: threading.Event) -> dict[str, Any]:
+            folder = options.work / f"slot-{slot}" if options.jobs > 1 else options.work
+            place = Place(folder, found.uuids[0], options.jobs, constants)
+            return run_row(row, models.wait_for(row.shape, over), place, over)
+
+        def done(task: Task, result: dict[str, Any]) -> bool:
+            nonlocal measured
+            usual[task.row.engine].append(result["seconds"])
+            print(line(result), flush=True)
+            if "failed" in result and options.jobs > 1 and not task.alone:
+                print(f"{task.row.name} failed beside others, which may be why: once more, alone", flush=True)
+                return True
+            models.done_with(task.row.shape)
+            measured = [other for other in measured if other.get("name") != task.row.name] + [result]
+            write_record(path, hardware, measured)
+            return False
+
         try:
-            for number, row in enumerate(todo):
-                expected = time.monotonic() - started + statistics.mean(usual[row.engine])
-                if options.minutes and expected > 60 * options.minutes:
-                    print(f"{len(todo) - number} rows are left for another {options.minutes} minutes", flush=True)
-                    break
-                model = models.wait_for(row.shape)
-                wait_until_free(device)
-                result = run_row(row, model, options.work, found.uuids[0])
-                models.done_with(row.shape)
-                usual[row.engine].append(result["seconds"])
-                measured = [other for other in measured if other.get("name") != row.name] + [result]
-                write_record(path, hardware, measured)
-                print(line(result), flush=True)
+            alone = {row.name for row in edges}
+            tasks = [Task(row, _bytes_of(row, device, options.jobs), row.name in alone) for row in todo]
+            room = room_bytes(device.free_bytes)
+            left = run_side_by_side(tasks, options.jobs, room, run, done, in_time, lambda: wait_until_free(device))
+            if left:
+                print(f"{left} rows are left for another {options.minutes} minutes", flush=True)
         finally:
             models.close()
     return path
@@ -269,6 +312,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Measure, or look at what was measured, and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0, help="begin no row that would end later; 0: all rows")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that may run side by side; 1: one after the other")
     parser.add_argument("--only", default="", help="only rows whose names contain this")
     parser.add_argument("--in-view", action="store_true", help="only rows that may change a formula")
     parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
@@ -276,6 +320,8 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--again", type=Path, help="predict the rows of this results file anew")
     parser.add_argument("--rival", default="", help="python of an environment that has fitcheck-llm")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one row has to run at a time")
     assert all(row.shape in SHAPES for row in ROWS)
     if options.again is None:
         path = measure(options)

@@ -42,7 +42,7 @@ def _predict(row: dict[str, Any]) -> None:
     kind, sizes = SHAPES[row["shape"]]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
-        config = _config(row["arguments"], folder)
+        config = read_arguments(row["arguments"], folder)
         # The kernel of the torch that ran the row, not of the one that is here.
         with (
             mock.patch("parallel_tune.planning.varlen_repeats_heads", lambda: minor < HEAD_KERNEL),
@@ -55,7 +55,8 @@ def _predict(row: dict[str, Any]) -> None:
     score(row)
 
 
-def _config(arguments: list[str], model: str) -> Any:
+def read_arguments(arguments: list[str], model: str) -> Any:
+    """The configuration that a row's command line makes."""
     options: dict[str, Any] = {"model": model}
     for number, argument in enumerate(arguments):
         if argument.startswith("--"):
@@ -102,7 +103,7 @@ def _rival_config(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rival_training(row: dict[str, Any]) -> dict[str, Any]:
-    config = _config(row.get("arguments", []), "x")
+    config = read_arguments(row.get("arguments", []), "x")
     lora = row["method"] != "full"
     return {
         "quantization": "nf4" if row["method"] == "4bit" else "none",

@@ -14,6 +14,12 @@ def score(row: Measured) -> None:
 
     Stages that share the card are one process: the context is there once, and its peak is at most the sum of theirs,
     which they do not reach at one moment. That is a bound (`is_bound`) and no prediction.
+
+    What was used is what the run's report says; of a row that ran beside others (`jobs`), what was seen of its own
+    processes from outside. `used_by` says whose use it is, the "process" or the "card".
+
+    Raises:
+        ValueError: nothing was seen of them.
     """
     devices = row["devices"]
     row["predicted_allocated_bytes"] = sum(device["predicted_allocated_bytes"] for device in devices)
@@ -23,6 +29,11 @@ def score(row: Measured) -> None:
     row["is_bound"] = len(devices) > 1
     for name in ("allocated_peak_bytes", "reserved_peak_bytes", "used_peak_bytes"):
         row[name] = devices[0][name]
+    row["used_by"] = devices[0].get("used_by", "card")
+    if row.get("jobs", 1) > 1:
+        if row["process_used_peak_bytes"] is None:
+            raise ValueError(f"NVML named no process of {row['name']!r} while it ran beside others")
+        row["used_peak_bytes"], row["used_by"] = row["process_used_peak_bytes"], "process"
     row["allocated_error"] = row["predicted_allocated_bytes"] / row["allocated_peak_bytes"] - 1
     row["used_error"] = row["predicted_peak_bytes"] / row["used_peak_bytes"] - 1
 
