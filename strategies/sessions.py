@@ -13,6 +13,7 @@ import torch.distributed as dist
 from strategies.contracts import Plan
 from strategies.recording import Recorded, TimedSchedule
 from strategies.visit import busy_shares
+from strategies.workspaces import settle_workspaces
 
 if TYPE_CHECKING:
     from strategies.pipeline import Lanes
@@ -125,6 +126,7 @@ class SplitSession:
         self._recorded: Recorded | None = None
         if self._cuda:
             torch.cuda.set_device(0)
+            settle_workspaces(dict.fromkeys(self._stage_devices()))
 
     def _stage_devices(self) -> list[torch.device]:
         return [torch.device("cuda", at) if self._cuda else torch.device("cpu") for at in self._plan.ordinals]
@@ -239,6 +241,8 @@ def open_replica(plan: Plan, timeout_seconds: int) -> ReplicaSession:
         join_processes(cuda, session.local_rank, timeout_seconds)
     elif cuda:
         torch.cuda.set_device(session.local_rank)
+    if cuda:
+        settle_workspaces([session.device])
     return session
 
 

@@ -158,7 +158,7 @@ def test_lanes_multiply_what_waits_before_the_last_stage() -> None:
 
 def test_machine_constants_take_the_place_of_defaults() -> None:
     constants = MachineConstants(context_bytes=7, nccl_bytes=11, reserve_fraction=0.5, workspace_bytes=13)
-    estimator = ClosedFormEstimator(LLAMA, TrainingSettings(), constants)
+    estimator = ClosedFormEstimator(LLAMA, TrainingSettings(cross_entropy="fused"), constants)
     result = estimator.memory(whole(LLAMA), Arrangement(2, 1, 1, "full"), GPU)
     assert (result.context_bytes, result.buffers_bytes) == (18, 13)
     assert result.reserve_bytes == result.allocated_bytes // 2

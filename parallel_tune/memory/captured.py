@@ -15,11 +15,13 @@ GRADIENT_COPIES = 2
 """While a recording is checked: the gradients that the step has gathered, and the eager ones."""
 
 CAPTURED_RESERVE_BYTES = 1536 << 20
-"""What lies idle in the recordings' pool and beside it, the eager pass of another size aside. Chosen by five runs of an
-8B shape with one size each (both engines, 640 to 8,192 tokens, H200): 1.5 to 1.8 GiB; so these are no test of it. Three
-more on an H100 came to 1.5 to 2.7 GiB. By their sizes much of it were float64 copies of all gradients, made by a
-recording's check, and blocks of the eager pass that other copies pinned. Neither is made any more, so that less is
-to be expected; not measured since."""
+"""What lies idle in the recordings' pool and beside it where segments do not grow, an eager pass of another size aside.
+Chosen by five runs of an 8B shape with one size each (both engines, 640 to 8,192 tokens, H200): 1.5 to 1.8 GiB; so
+these are no test of it."""
+
+CAPTURED_LOSS_RESERVE_BYTES = 640 << 20
+"""What lies idle beside one copy of the logits where segments grow and the loss makes new ones. Chosen by three runs on
+an H100 (two with one size): 0.6 to 0.7 GiB; one of Unsloth's, whose loss works in place, held 0.1 GiB in all."""
 
 GRAPHS_CONTEXT_BYTES = 96 << 20
 """What recordings add to the context, outside the allocator: the graphs' executables. Measured on an H100: 90 to 108

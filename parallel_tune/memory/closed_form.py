@@ -9,7 +9,6 @@ from itertools import groupby
 
 from parallel_tune.memory import speed
 from parallel_tune.memory.captured import (
-    CAPTURED_RESERVE_BYTES,
     CAPTURED_STREAMS,
     GRADIENT_COPIES,
     GRAPHS_CONTEXT_BYTES,
@@ -19,6 +18,7 @@ from parallel_tune.memory.captured import (
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
+from parallel_tune.memory.reserve import recordings_reserve_bytes, reserve_bytes
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
 from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
 from parallel_tune.memory.unsloth_tape import OFFLOAD_BYTES
@@ -63,7 +63,7 @@ class ClosedFormEstimator:
             peak,
             context_bytes=context + scratch,
             reserve_bytes=max(
-                self._reserve_bytes(peak.allocated_bytes, constants, part, arrangement),
+                reserve_bytes(peak, self.facts, self.settings, constants, part, arrangement),
                 self._captured_reserve_bytes(peak, part, arrangement),
             ),
         )
@@ -78,7 +78,7 @@ class ClosedFormEstimator:
             return others + a_pass
         # All but the tables of positions grows with the tokens.
         second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
-        return others + second + min(a_pass, CAPTURED_RESERVE_BYTES)
+        return others + second + recordings_reserve_bytes(a_pass, self.facts, self.settings, arrangement)
 
     def _other_recordings_bytes(self, part: Part, arrangement: Arrangement) -> int:
         """What other lanes' recordings keep beside what their waiting micro-batches hold, which the peak counts.
@@ -92,19 +92,6 @@ class ClosedFormEstimator:
             for each in (replace(arrangement, lanes=1), arrangement)
         )
         return arrangement.lanes * alone - together
-
-    def _reserve_bytes(self, allocated: int, constants: MachineConstants, part: Part, arrangement: Arrangement) -> int:
-        """The caching allocator's own: freed blocks that no later tensor fitted into."""
-        reserve = max(int(allocated * constants.reserve_fraction), constants.segment_bytes)
-        if self.settings.segments_grow or not part.head or self.settings.cross_entropy == "fused":
-            return reserve
-        logits = arrangement.micro_batch * self.settings.sequence_length * self.facts.vocab_size
-        logits *= self.settings.compute_bytes
-        reserve = max(reserve, int(logits * constants.loss_reserve_logits))
-        if arrangement.gradient_checkpointing != "none":
-            # The loss holds six times the logits of a 16-bit forward.
-            reserve = max(reserve, min(3 * logits, constants.checkpointed_loss_reserve_bytes))
-        return reserve
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
         """Live tensors at every moment that can be the peak: the loss, a layer's backward, the optimizer step."""

@@ -108,7 +108,8 @@ class MachineConstants:
         context_bytes: what a process holds on the device before its first tensor.
         nccl_bytes: what a process group adds after its first all-reduce.
         reserve_fraction: what the caching allocator holds beyond live tensors at the peak, as a share of them.
-        loss_reserve_logits: the same after a loss that makes all logits at once: so many times the logits.
+        loss_reserve_logits: the same after a loss that makes all logits at once, where segments do not grow: so many
+            times the logits.
         checkpointed_loss_reserve_bytes: likewise where checkpoints are recomputed between two losses: small tensors
             then split the freed logits' blocks, and the next loss needs new ones. Never more than half of the loss.
         nf4_scratch_bytes: what bitsandbytes holds beside the tensors that the formulas count.

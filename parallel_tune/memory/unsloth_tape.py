@@ -119,7 +119,8 @@ def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_ba
 
 def _feed_forward_scratch(facts: ModelFacts, scene: Scene, inner: int, hidden: int) -> int:
     """What the block's derivative holds while it runs: the compiled one writes its three inner products anew; beside
-    packed weights, which no compiler follows, it is Unsloth's own, which works in place, beside one unpacked weight and a hidden state."""
+    packed weights, which no compiler follows, it is Unsloth's own, which works in place, with a hidden state and one
+    unpacked weight beside it."""
     if scene.settings.load_in_4bit:
         return inner + hidden + facts.intermediate_size * facts.hidden_size * scene.element_bytes
     return 3 * inner + FEED_FORWARD_HIDDEN * hidden
