@@ -18,6 +18,9 @@ HINT = (
     "The export log has its whole output; with CUDA_VISIBLE_DEVICES='' the export goes by llama.cpp's converter alone."
 )
 
+DROPPED = ("PYTHONSAFEPATH", "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR", "UNSLOTH_LLAMA_CPP_CONVERTER_TAG")
+"""The converter inherits the first and must import what lies beside it; the others name another converter."""
+
 
 def environment(llama_cpp: Path) -> dict[str, str]:
     """What Unsloth must find in the environment when it is imported."""
@@ -33,8 +36,8 @@ def environment(llama_cpp: Path) -> dict[str, str]:
 def write(merged: Path, folder: Path, types: Sequence[str], dtype: str, converter: Path, quantizer: Path) -> None:
     """Write one file a type into `folder`, from the merged model.
 
-    The model is merged already, by the code of all our exports: Unsloth's merge would load the 16-bit base onto the
-    GPU, and would add a LoftQ adapter to weights that it does not belong to.
+    The model is merged already, by the code of all our exports: Unsloth's merge would need it on the GPU, and would add
+    a LoftQ adapter to the 16-bit base, which it does not belong to.
 
     Args:
         merged: its folder, whose name the exporter's files begin with; files are put beside it meanwhile.
@@ -47,8 +50,8 @@ def write(merged: Path, folder: Path, types: Sequence[str], dtype: str, converte
     llama_cpp = merged.parent / "llama.cpp"
     copy_tools(converter, quantizer, llama_cpp)
     os.environ.update(environment(llama_cpp))
-    # The converter imports what lies beside it, and inherits this.
-    os.environ.pop("PYTHONSAFEPATH", None)
+    for name in DROPPED:
+        os.environ.pop(name, None)
     kinds = list(dict.fromkeys(dtype if kind == "auto" else kind for kind in types))
     open_engine("unsloth").prepare()
     # The converter's first file goes into the working directory.

@@ -172,7 +172,8 @@ def export(run: Path, llama_cpp: Path, folder: Path, *types: str) -> tuple[dict[
         (programs / name).chmod(0o755)
     env = os.environ | {
         "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder), "PATH": f"{programs}:/usr/bin:/bin",
-        "PIP_NO_INDEX": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
+        "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR": "/none", "UNSLOTH_LLAMA_CPP_CONVERTER_TAG": "b1", "PIP_NO_INDEX": "1",
+        "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
     }  # fmt: skip
     (run / "logs" / "export.json").unlink(missing_ok=True)
     done = subprocess.run(
@@ -198,6 +199,8 @@ def test_the_real_exporter_writes_the_merged_weights_and_leaves_the_checkout_alo
 
     llama_cpp = make_llama_cpp(tmp_path / "cpp")
     before = contents(llama_cpp)
+    # In the working directory, where the exporter would put its first file by this name.
+    (tmp_path / "model.F16.gguf").write_text("another's")
     said, called = export(run, llama_cpp, tmp_path, "f16")
     assert said["code"] == 0, said["log"]
     assert "Unsloth: All GGUF conversions completed successfully!" in said["log"]
@@ -210,7 +213,8 @@ def test_the_real_exporter_writes_the_merged_weights_and_leaves_the_checkout_alo
     assert not called.exists(), called.read_text()
     assert contents(llama_cpp) == before
     left = {path.name for path in tmp_path.iterdir()} - {".cache", ".unsloth", ".config", ".triton"}
-    assert left == {"cpp", "out", "merged", "programs"}
+    assert left == {"cpp", "out", "merged", "programs", "model.F16.gguf"}
+    assert (tmp_path / "model.F16.gguf").read_text() == "another's"
 
 
 def test_several_types_come_from_one_conversion_and_llama_quantize(run: Path, tmp_path: Path) -> None:
