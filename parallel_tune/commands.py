@@ -74,6 +74,8 @@ def train(config: TrainConfig) -> None:
 def check_needs(config: TrainConfig, run: Path | None = None) -> None:
     """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
 
+    Where there is a choice of them, say which it will be.
+
     Raises:
         ConfigError: something is missing.
     """
@@ -81,7 +83,9 @@ def check_needs(config: TrainConfig, run: Path | None = None) -> None:
     check_bitsandbytes(config)
     if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
         read_text(config.raw_text)  # says why
-    export_after.check_ahead(config, run)
+    said = export_after.check_ahead(config, run)
+    if said:
+        click.echo(said)
 
 
 def check_bitsandbytes(config: TrainConfig) -> None:

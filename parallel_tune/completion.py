@@ -69,7 +69,7 @@ def _trackers() -> Iterable[str]:
 
 
 def _gguf_types() -> Iterable[str]:
-    from parallel_tune.export import GGUF_TYPES, SMALLER_GGUF_TYPES
+    from parallel_tune.llama_cpp import GGUF_TYPES, SMALLER_GGUF_TYPES
 
     return *GGUF_TYPES, *SMALLER_GGUF_TYPES
 

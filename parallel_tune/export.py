@@ -8,30 +8,22 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
+from parallel_tune.gguf_means import choose
 from parallel_tune.launch import failure_of, without_launcher
 from parallel_tune.model_card import model_card
+from parallel_tune.nvml import probe_gpus
 from parallel_tune.process import die_with_parent
 from parallel_tune.report import read as read_report
 from parallel_tune.rundir import RunDir
 from strategies.errors import ConfigError, RunFailed
 
 METHODS = ("lora", "merged_16bit", "merged_4bit", "gguf")
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "auto")
-"""What llama.cpp's converter writes by itself."""
-SMALLER_GGUF_TYPES = (
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
-    "q6_k",
-)  # fmt: skip
-"""What its llama-quantize makes of such a file."""
-CONVERTER = "convert_hf_to_gguf.py"
-QUANTIZER = "llama-quantize"
 
 
 @dataclass(frozen=True)
@@ -42,16 +34,20 @@ class Export:
         method: one of METHODS.
         quantizations: the types of the GGUF files, one file each.
         hub_path: the Hub repository to push to; None for none.
+        exporter: what writes GGUF files, "unsloth" or "llama.cpp".
         converter: llama.cpp's script, where it is needed.
         quantizer: its llama-quantize, likewise.
+        said: which exporter it is and why, for the user.
     """
 
     method: str
     save_path: str
     quantizations: tuple[str, ...] = ("f16",)
     hub_path: str | None = None
+    exporter: str = "llama.cpp"
     converter: str | None = None
     quantizer: str | None = None
+    said: str = ""
 
 
 def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
@@ -63,7 +59,9 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
     """
     run = RunDir(path.absolute())
     config, plan = run.read()
-    wanted = check(run, config, wanted)
+    wanted = check(run, config, plan.engine, wanted)
+    if wanted.said:
+        click.echo(wanted.said)
     part = unfinished(Path(wanted.save_path))
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -85,7 +83,7 @@ def unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")
 
 
-def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
+def check(run: RunDir, config: TrainConfig, engine: str, wanted: Export) -> Export:
     """The export with everything that it needs found; nothing has been loaded yet.
 
     Raises:
@@ -98,11 +96,14 @@ def check(run: RunDir, config: TrainConfig, wanted: Export) -> Export:
         )
     if wanted.method == "lora" and config.full_finetuning:
         raise ConfigError("the run trained all weights: there is no adapter", "Use --save_method merged_16bit.")
-    return check_means(wanted)
+    return check_means(wanted, engine)
 
 
-def check_means(wanted: Export) -> Export:
+def check_means(wanted: Export, engine: str) -> Export:
     """The same as far as it does not depend on the run's result, so that it can be asked before training.
+
+    Args:
+        engine: the run's.
 
     Raises:
         ConfigError: the folder is taken, a GGUF type is unknown, or llama.cpp or what it needs is not there.
@@ -113,75 +114,10 @@ def check_means(wanted: Export) -> Export:
     wanted = replace(wanted, save_path=str(target))
     if wanted.method != "gguf":
         return wanted
-    unknown = [name for name in wanted.quantizations if name not in GGUF_TYPES + SMALLER_GGUF_TYPES]
-    if unknown or not wanted.quantizations:
-        raise ConfigError(
-            f"llama.cpp does not write {', '.join(unknown) or 'a GGUF file without a type'}",
-            f"Choose from {', '.join(GGUF_TYPES + SMALLER_GGUF_TYPES)}.",
-        )
-    smaller = any(name in SMALLER_GGUF_TYPES for name in wanted.quantizations)
-    converter = find_converter()
-    check_converter(Path(converter))
-    return replace(wanted, converter=converter, quantizer=find_quantizer() if smaller else None)
-
-
-def find_converter() -> str:
-    """llama.cpp's converter: in LLAMA_CPP_DIR, on PATH, in ./llama.cpp, or where Unsloth puts it.
-
-    Raises:
-        ConfigError: it is nowhere.
-    """
-    folders = _llama_cpp_folders()
-    for folder in folders:
-        if (folder / CONVERTER).is_file():
-            return str((folder / CONVERTER).absolute())
-    on_path = shutil.which(CONVERTER)
-    if on_path:
-        return on_path
-    raise ConfigError(
-        f"--save_method gguf needs llama.cpp's {CONVERTER}, which is not in {', '.join(map(str, folders))} nor on PATH",
-        "`git clone https://github.com/ggml-org/llama.cpp` here or set LLAMA_CPP_DIR; merged_16bit needs nothing more.",
+    means = choose(engine, bool(probe_gpus(os.environ).hardware.devices), wanted.quantizations)
+    return replace(
+        wanted, exporter=means.exporter, converter=means.converter, quantizer=means.quantizer, said=means.said
     )
-
-
-def check_converter(converter: Path) -> None:
-    """Refuse a converter whose imports would fail, hours later.
-
-    Raises:
-        ConfigError: a package that it needs is not installed.
-    """
-    # llama.cpp has its own gguf package, which the script finds by itself.
-    bundled = {"gguf"} if any((converter.parent / name).is_dir() for name in ("gguf-py", "gguf")) else set()
-    for package in ("gguf", "sentencepiece"):
-        if package not in bundled and find_spec(package) is None:
-            raise ConfigError(
-                f"llama.cpp's {CONVERTER} needs the package {package}, which is not installed",
-                "`pip install 'parallel-tune[gguf]'` brings what it needs.",
-            )
-
-
-def find_quantizer() -> str:
-    """llama.cpp's llama-quantize, built: in one of its folders or on PATH.
-
-    Raises:
-        ConfigError: it is nowhere.
-    """
-    for folder in _llama_cpp_folders():
-        for place in (folder / QUANTIZER, folder / "build" / "bin" / QUANTIZER):
-            if os.access(place, os.X_OK) and place.is_file():
-                return str(place.absolute())
-    on_path = shutil.which(QUANTIZER)
-    if on_path:
-        return on_path
-    raise ConfigError(
-        f"a GGUF file smaller than q8_0 needs llama.cpp's {QUANTIZER}, which is not built here nor on PATH",
-        f"Build llama.cpp, or choose {', '.join(GGUF_TYPES)}, which need its converter alone.",
-    )
-
-
-def _llama_cpp_folders() -> list[Path]:
-    named = os.environ.get("LLAMA_CPP_DIR")
-    return [Path(named)] if named else [Path("llama.cpp"), Path.home() / ".unsloth" / "llama.cpp"]
 
 
 def _run_child(run: RunDir, wanted: Export, card: str, hub_token: str | None) -> None:

@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.decision import find_hardware
+from parallel_tune.engines import choose_engine
 from parallel_tune.export import Export, check_means, export_run
 from parallel_tune.rundir import RunDir
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed
@@ -22,37 +24,51 @@ def wanted_export(config: TrainConfig, run: Path) -> Export | None:
     return None
 
 
-def check_ahead(config: TrainConfig, run: Path | None = None) -> None:
+def check_ahead(config: TrainConfig, run: Path | None = None) -> str:
     """Refuse an export that could not be made, before anything is trained.
 
     Args:
         run: the run's directory, where it is there already.
+
+    Returns:
+        What will write GGUF files and why, as a line for the user; empty for other exports.
 
     Raises:
         ConfigError: the folder is taken, llama.cpp is not there, or there is no token for a push.
     """
     wanted = wanted_export(config, run or Path(config.output_dir or "outputs/new"))
     if wanted is None:
-        return
-    check_means(wanted)
-    if wanted.hub_path is None:
-        return
+        return ""
+    said = check_means(wanted, _engine(config, run)).said
+    if wanted.hub_path is not None:
+        _check_push(config, wanted.hub_path)
+    return said
+
+
+def _engine(config: TrainConfig, run: Path | None) -> str:
+    if run is not None:
+        return RunDir(run).read()[1].engine
+    hardware = find_hardware(config)
+    return choose_engine(config.engine, hardware.kind == "cuda", hardware.declared)[0]
+
+
+def _check_push(config: TrainConfig, hub_path: str) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
-        validate_repo_id(wanted.hub_path)
+        validate_repo_id(hub_path)
     except HFValidationError as error:
         raise ConfigError(f"hub_path: {error}", "Write it as NAME/MODEL.") from error
     if not config.hub_token and not get_token():
         raise ConfigError(
-            f"the push to {wanted.hub_path} needs a token, and there is none",
+            f"the push to {hub_path} needs a token, and there is none",
             "Set HF_TOKEN, log in with `hf auth login`, or give --hub_token.",
         )
     if HF_HUB_OFFLINE:
-        raise ConfigError(f"the push to {wanted.hub_path} needs the Hub, and HF_HUB_OFFLINE is set", "Unset it.")
+        raise ConfigError(f"the push to {hub_path} needs the Hub, and HF_HUB_OFFLINE is set", "Unset it.")
 
 
 def export_result(run: RunDir, hub_token: str | None) -> None:

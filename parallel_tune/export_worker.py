@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
-from parallel_tune.export import GGUF_TYPES, Export, unfinished
+from parallel_tune.export import Export, unfinished
+from parallel_tune.llama_cpp import GGUF_TYPES
+from parallel_tune.model_card import public_name
 from parallel_tune.process import leave
 from parallel_tune.rundir import RunDir
 from strategies.errors import ParallelTuneError, RunFailed
@@ -56,13 +58,20 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         case "merged_16bit":
             save_merged(run, config, folder)
         case "merged_4bit":
-            with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
-                save_merged(run, config, Path(merged))
-                save_in_4bit(Path(merged), folder)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                save_merged(run, config, Path(scratch))
+                save_in_4bit(Path(scratch), folder)
         case "gguf":
-            with tempfile.TemporaryDirectory(dir=folder.parent) as merged:
-                save_merged(run, config, Path(merged))
-                write_gguf(Path(merged), folder, wanted)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                merged = Path(scratch).absolute() / "model"
+                save_merged(run, config, merged)
+                # Converters name the model by this card, else by the folder that they read it from.
+                name = public_name(config.model).rpartition("/")[2]
+                (merged / "README.md").write_text(f"---\nmodel_name: {json.dumps(name)}\n---\n", encoding="utf-8")
+                if wanted.exporter == "unsloth":
+                    write_by_unsloth(merged, folder, wanted, config)
+                else:
+                    write_gguf(merged, folder, wanted)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if target.exists():
         target.rmdir()  # empty, as was checked
@@ -131,6 +140,18 @@ def write_gguf(merged: Path, folder: Path, wanted: Export) -> None:
         if not whole.exists():
             convert(merged, whole, "auto", str(wanted.converter))
         _run_llama_cpp([str(wanted.quantizer), str(whole), str(file), kind], file)
+
+
+def write_by_unsloth(merged: Path, folder: Path, wanted: Export, config: TrainConfig) -> None:
+    """One file a type, by Unsloth's exporter.
+
+    Raises:
+        RunFailed: it failed.
+    """
+    from parallel_tune.unsloth_gguf import write
+
+    dtype = "f16" if config.named_dtype == "float16" else "bf16"
+    write(merged, folder, wanted.quantizations, dtype, Path(str(wanted.converter)), Path(str(wanted.quantizer)))
 
 
 def convert(merged: Path, file: Path, kind: str, converter: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import parallel_tune
 from parallel_tune import export as exporting
+from parallel_tune import llama_cpp
 from strategies.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,7 @@ import pathlib, sys
 import conversion  # as llama.cpp's has it, beside itself
 folder, _, out, _, kind = sys.argv[1:]
 assert (pathlib.Path(folder) / "model.safetensors").exists()
+assert 'model_name: "tiny"' in (pathlib.Path(folder) / "README.md").read_text()
 pathlib.Path(out).write_text(kind)
 """
 
@@ -127,6 +129,7 @@ def test_gguf_goes_through_llama_cpp_or_is_refused(run: parallel_tune.Run, tmp_p
     done = export(run, tmp_path, *options, LLAMA_CPP_DIR=str(tmp_path / "cpp"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model-q8_0.gguf").read_text() == "q8_0"
+    assert "not by Unsloth's exporter: the engine is transformers" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -139,13 +142,13 @@ def test_what_the_converter_imports_is_asked_for_before_anything_is_trained(
     (tmp_path / "convert_hf_to_gguf.py").touch()
     (tmp_path / beside).mkdir()
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None if name == missing else name)
     wanted = exporting.Export("gguf", str(tmp_path / "out"))
     if not refused:
-        assert exporting.check_means(wanted).converter == str(tmp_path / "convert_hf_to_gguf.py")
+        assert exporting.check_means(wanted, "transformers").converter == str(tmp_path / "convert_hf_to_gguf.py")
         return
     with pytest.raises(ConfigError, match=f"needs the package {missing}") as raised:
-        exporting.check_means(wanted)
+        exporting.check_means(wanted, "transformers")
     assert "parallel-tune[gguf]" in raised.value.hint
 
 

@@ -54,6 +54,8 @@ def test_gguf_files_of_several_types_under_a_launcher(run_it: Any, tmp_path: Pat
     assert "exported as `gguf`" in card
     assert files == {"model-q4_k_m.gguf": "auto made q4_k_m", "model-q8_0.gguf": "q8_0"}
     assert run.out.count("gguf: ") == 1
+    # Said before training, and when it is made.
+    assert run.out.count("GGUF files will be written by llama.cpp's") == 2
 
 
 def test_a_failed_push_leaves_export_and_adapter_and_the_token_is_nowhere(run_it: Any, tmp_path: Path) -> None:
