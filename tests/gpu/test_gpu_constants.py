@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,3 +59,32 @@ def test_constants_are_measured_twice_alike_and_kept(
         assert first.nf4_scratch_bytes < 1024 * MIB
     # The plan that follows knows them, and measures nothing.
     assert know(hardware).measured[name].context_bytes == second.context_bytes
+
+
+SETTLED = """
+import torch
+
+from strategies.workspaces import settle_workspaces
+
+device = torch.device("cuda", 0)
+settle_workspaces([device])
+before = torch.cuda.memory_allocated()
+layer = torch.nn.Linear(256, 256, bias=False, device=device, dtype=torch.bfloat16)
+layer(torch.ones(8, 256, device=device, dtype=torch.bfloat16)).sum().backward()
+del layer
+print(before, torch.cuda.memory_allocated())
+"""
+
+
+@pytest.mark.gpu
+def test_after_workspaces_are_settled_training_takes_no_more_of_them() -> None:
+    if not read_nvml():
+        pytest.skip("no GPU")
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", SETTLED], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    settled, later = map(int, done.stdout.split())
+    assert settled >= 2 * MIB
+    assert later == settled

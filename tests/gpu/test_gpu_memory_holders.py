@@ -3,12 +3,14 @@ first card, neither of a rank nor of the processes that started it."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -69,3 +71,58 @@ def test_no_process_holds_memory_on_two_cards(
     assert process.returncode == 0
     ranks = {int((run / "logs" / f"rank-{rank}.pid").read_text()): rank for rank in (0, 1)}
     assert held == {pid: {rank} for pid, rank in ranks.items()}
+
+
+WATCHED = """
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from parallel_tune import worker
+
+driver = ctypes.CDLL("libcuda.so.1")
+choose = torch.cuda.set_device
+
+
+def active(card):
+    flags, state = ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuDevicePrimaryCtxGetState(card, ctypes.byref(flags), ctypes.byref(state)) == 0
+    return bool(state.value)
+
+
+def watched(device):
+    assert driver.cuInit(0) == 0
+    states = Path(sys.argv[2])
+    if not states.exists():
+        states.write_text(json.dumps([active(card) for card in range(torch.cuda.device_count())]))
+    choose(device)
+
+
+torch.cuda.set_device = watched
+worker.main([sys.argv[1]])
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
+    engine: str, shape: Callable[[str], Path], tune: Any, tmp_path: Path
+) -> None:
+    """What one card can show of the above: everything after that uses the card of its choice, the current one."""
+    pynvml.nvmlInit()
+    run, states = tmp_path / "run", tmp_path / "states.json"
+    options = (f"--model={shape('llama-1b')}", f"--dataset={DATASET}", f"--engine={engine}", "--max_seq_length=256")
+    tune(run, *options, "--strategy=ddp", "--max_devices=1", "--global_batch_size=2", "--max_steps=2")
+    program = tmp_path / "program.py"
+    program.write_text(WATCHED)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, program, run, states],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (run / "logs" / "rank-0.log").read_text()[-3000:]
+    found = json.loads(states.read_text())
+    assert found and not any(found)
