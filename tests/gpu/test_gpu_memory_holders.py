@@ -16,6 +16,9 @@ import psutil
 import pynvml
 import pytest
 
+from parallel_tune.nvml import read_nvml
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not read_nvml(), reason="no GPU")]
 ROOT = Path(__file__).parents[2]
 DATASET = ROOT / "examples" / "short_answers.jsonl"
 
@@ -29,7 +32,6 @@ def family(process: subprocess.Popen[bytes]) -> set[int]:
         return set()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 @pytest.mark.parametrize("how", ["eager", "captured", "script"])
 def test_no_process_holds_memory_on_two_cards(
@@ -106,13 +108,11 @@ worker.main([sys.argv[1]])
 """
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
     engine: str, shape: Callable[[str], Path], tune: Any, tmp_path: Path
 ) -> None:
     """What one card can show of the above: everything after that uses the card of its choice, the current one."""
-    pynvml.nvmlInit()
     run, states = tmp_path / "run", tmp_path / "states.json"
     options = (f"--model={shape('llama-1b')}", f"--dataset={DATASET}", f"--engine={engine}", "--max_seq_length=256")
     tune(run, *options, "--strategy=ddp", "--max_devices=1", "--global_batch_size=2", "--max_steps=2")
