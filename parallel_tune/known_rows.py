@@ -9,12 +9,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from parallel_tune.capture import NO_ROOM, RECOMPUTED
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.known_lengths import keep_lengths, lengths_file, read_lengths
 from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.unsloth_tape import mean_spare_tokens
 from parallel_tune.sampler import GlobalBatches
 from strategies.base import Estimator
 from strategies.batching import DEFAULT_ACCUMULATION, DEFAULT_MICRO_BATCH
@@ -52,6 +54,11 @@ class KnownRows:
         self.lengths = tuple(lengths)
         self.longest_held_out = longest_held_out
         self._largest: dict[tuple[int, ...], int] = {}
+
+    @cached_property
+    def spare_tokens(self) -> int:
+        """By which Unsloth's attention fills a row up, on average."""
+        return mean_spare_tokens(self.lengths)
 
     @property
     def mean(self) -> float:
@@ -108,13 +115,14 @@ class RowsEstimator:
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak: for the largest micro-batch where rows are joined, else for the longest row."""
-        tokens = self.rows.longest
+        tokens, spare = self.rows.longest, None
         if self.settings.packed:
             tokens = self.rows.largest_micro_batch(self.config, arrangement)
+            spare = arrangement.micro_batch * self.rows.spare_tokens
             arrangement = replace(arrangement, micro_batch=1)
         # Evaluation takes no more tokens at once than training, but a row at least.
         tokens = max(tokens, -(-self.rows.longest_held_out // arrangement.micro_batch))
-        return self._of(tokens).memory(part, arrangement, device)
+        return self._of(tokens, spare).memory(part, arrangement, device)
 
     def micro_batch_seconds(self, part: Part, arrangement: Arrangement, device: Device) -> float:
         """Device seconds of one micro-batch of average rows."""
@@ -124,8 +132,8 @@ class RowsEstimator:
         """Host seconds of one micro-batch, which do not depend on its length."""
         return self.estimating(self.settings).host_seconds(part, arrangement)
 
-    def _of(self, tokens: int) -> Estimator:
-        return self.estimating(replace(self.settings, sequence_length=tokens))
+    def _of(self, tokens: int, spare: int | None = None) -> Estimator:
+        return self.estimating(replace(self.settings, sequence_length=tokens, spare_tokens=spare))
 
 
 def measure_rows(config: TrainConfig) -> KnownRows:

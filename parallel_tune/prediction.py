@@ -12,6 +12,7 @@ from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.settings import MachineConstants
+from parallel_tune.memory.unsloth_tape import ATTENTION_ROW, mean_spare_tokens, spare_tokens
 from parallel_tune.planning import training_settings
 from parallel_tune.sampler import GlobalBatches
 from strategies.base import Estimator
@@ -29,6 +30,7 @@ class TrainedRows:
         alike: all rows have one length.
         padded_reason: why rows of a micro-batch are padded; None where they are joined.
         sizes: tokens of the sizes at which steps are captured, ascending, up to the largest; none where they are not.
+        spare_tokens: by which Unsloth's attention fills a row up, on average.
     """
 
     longest: int
@@ -36,6 +38,7 @@ class TrainedRows:
     alike: bool
     padded_reason: str | None
     sizes: tuple[int, ...] = ()
+    spare_tokens: int | None = None
 
     def tokens_at_once(self, micro_batch: int) -> int:
         """Tokens of the largest micro-batch, padding included."""
@@ -55,6 +58,7 @@ def trained_rows(
         alike=len(set(batches.lengths)) == 1,
         padded_reason=padded_reason,
         sizes=tuple(size for size in sizes if size <= (filled_up or 0)),
+        spare_tokens=mean_spare_tokens(batches.lengths),
     )
 
 
@@ -78,6 +82,8 @@ def predict_for_rows(
     settings = replace(settings, sequence_length=rows.largest_micro_batch if padding_free else rows.longest)
     if rows.alike:
         settings = replace(settings, attention_mask=False)  # rows of one length need none
+    if padding_free:
+        settings = replace(settings, spare_tokens=_spare_tokens(plan, rows))
     # The eager pass that goes before a recording is kept beside it: that of a smaller size beside the largest.
     second_pass_tokens = rows.sizes[-2] if len(rows.sizes) > 1 else 0
     estimator = counted(
@@ -92,6 +98,16 @@ def predict_for_rows(
         device = Device(item.index, item.name, item.kind, item.capacity_bytes, item.free_bytes)
         predicted.append(estimator.memory(part, arrangement, device))
     return predicted
+
+
+def _spare_tokens(plan: Plan, rows: TrainedRows) -> int:
+    """By which Unsloth's attention fills up the largest micro-batch: each of its rows, or the whole of a fixed size."""
+    if rows.sizes:
+        return spare_tokens(rows.largest_micro_batch)
+    of_a_row = rows.spare_tokens
+    if of_a_row is None:  # an older run's
+        of_a_row = spare_tokens(rows.longest) if rows.alike else ATTENTION_ROW // 2
+    return plan.micro_batch * of_a_row
 
 
 def constants_of(plan: Plan) -> dict[str, MachineConstants]:

@@ -73,14 +73,16 @@ def test_rows_of_one_captured_size_are_recorded_when_the_optimizer_has_states(mo
             assert (row.accumulation, row.steps) == (1, 17), row.name
 
 
-def test_rows_in_view_are_rows(module: Any) -> None:
+def test_rows_in_view_are_not_among_the_others(module: Any) -> None:
     rows = module("prediction_rows")
-    assert set(rows.IN_VIEW) < {row.name for row in rows.ROWS}
+    assert not {row.name for row in rows.SEEN_ROWS} & {row.name for row in rows.ROWS}
+    for row in rows.SEEN_ROWS:
+        assert plan_of(module, row).captured == row.captured, row.name
 
 
 def test_rows_of_another_allocator_have_twins_and_are_scored_apart(module: Any, tmp_path: Path) -> None:
     rows, data = module("prediction_rows"), module("prediction_data")
-    twins = {row.name: row for row in rows.ROWS}
+    twins = {row.name: row for row in rows.SEEN_ROWS}
     assert sorted(row.name for row in rows.FIXED_ROWS) == sorted(f"{n}, fixed segments" for n in rows.TWINS)
     assert sum(row.captured for row in rows.FIXED_ROWS) == 1
     for row in rows.FIXED_ROWS:
@@ -121,7 +123,8 @@ def make_unforced(row: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["llama-3b joined short", "llama-3b captured mixed", "qwen2-1.5b captured packed"])
 def test_rows_of_text_are_as_many_and_as_long_as_a_run_needs(module: Any, name: str, tmp_path: Path) -> None:
-    row = next(row for row in module("prediction_rows").ROWS if row.name == name)
+    rows = module("prediction_rows")
+    row = next(row for row in (*rows.ROWS, *rows.SEEN_ROWS) if row.name == name)
     path = module("prediction_data").write_data(row, tmp_path / "rows.jsonl")
     counts = [len(json.loads(line)["text"].split()) for line in path.read_text().splitlines()]
     assert len(counts) >= row.samples
@@ -159,7 +162,7 @@ def test_figures_leave_out_what_was_in_view(module: Any) -> None:
 
 def test_a_run_is_predicted_again_without_a_gpu(module: Any, tmp_path: Path) -> None:
     """From what a results file keeps of a row: its plan, its options, and the rows' lengths."""
-    row = next(row for row in module("prediction_rows").ROWS if row.name == "llama-3b full")
+    row = next(row for row in module("prediction_rows").SEEN_ROWS if row.name == "llama-3b full")
     plan = json.loads(plan_of(module, row).to_json())
     peak = plan["devices"][0]["predicted_peak_bytes"]
     device = {

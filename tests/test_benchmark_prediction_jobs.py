@@ -129,10 +129,11 @@ def test_room_leaves_what_unsloth_looks_at(module: Any) -> None:
 
 
 def test_what_rows_are_expected_to_hold_is_what_their_plans_say(module: Any) -> None:
-    rows = {row.name: row for row in module("prediction_rows").ROWS}
+    known = module("prediction_rows")
+    rows = {row.name: row for row in (*known.ROWS, *known.SEEN_ROWS)}
     device = parse_hardware(CARD).devices[0]
     expected = {name: module("prediction_jobs").expected_bytes(rows[name], device) for name in rows}
-    assert all(4 * GIB < size < 0.85 * device.free_bytes for size in expected.values())
+    assert all(3 * GIB < size < 0.85 * device.free_bytes for size in expected.values())
     fixed = BENCHMARKS / "results" / "prediction.fixed-segments.NVIDIA-H100-80GB-HBM3.json"
     measured = {
         row["name"]: row["used_peak_bytes"] for row in json.loads(fixed.read_text())["rows"] if "used_error" in row

@@ -13,7 +13,7 @@ from parallel_tune.memory import ClosedFormEstimator, MachineConstants, Training
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapter_parameters, part_parameters, whole
 from parallel_tune.memory.states import state_bytes
-from parallel_tune.memory.unsloth_tape import OFFLOAD_BYTES
+from parallel_tune.memory.unsloth_tape import OFFLOADED_HIDDEN
 from strategies.contracts import Arrangement, Checkpointing, Device, MemoryEstimate, Part
 from strategies.errors import ConfigError
 
@@ -86,8 +86,9 @@ def test_four_bits_shrink_only_the_linears() -> None:
 
 
 def test_offloaded_checkpoints_leave_the_card() -> None:
-    stored = 32 * 2 * 4096 * 2048
-    offloaded = estimate(checkpointing="unsloth").activations_bytes - OFFLOAD_BYTES
+    hidden = 2 * 4096 * 2048
+    stored = 32 * hidden
+    offloaded = estimate(checkpointing="unsloth").activations_bytes - OFFLOADED_HIDDEN * hidden
     assert estimate().activations_bytes - offloaded == stored
 
 
@@ -158,8 +159,8 @@ def test_lanes_multiply_what_waits_before_the_last_stage() -> None:
 
 def test_machine_constants_take_the_place_of_defaults() -> None:
     constants = MachineConstants(context_bytes=7, nccl_bytes=11, reserve_fraction=0.5, workspace_bytes=13)
-    estimator = ClosedFormEstimator(LLAMA, TrainingSettings(cross_entropy="fused"), constants)
-    result = estimator.memory(whole(LLAMA), Arrangement(2, 1, 1, "full"), GPU)
+    estimator = ClosedFormEstimator(LLAMA, TrainingSettings(), constants)
+    result = estimator.memory(dataclasses.replace(whole(LLAMA), head=False), Arrangement(2, 1, 1, "full"), GPU)
     assert (result.context_bytes, result.buffers_bytes) == (18, 13)
     assert result.reserve_bytes == result.allocated_bytes // 2
     assert estimate(device=CPU).context_bytes > 0

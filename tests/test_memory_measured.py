@@ -1,9 +1,9 @@
 """The closed form against runs on an NVIDIA H200 (torch 2.11, transformers 5.17, unsloth 2026.10.9).
 
 Each row is a run of examples/benchmarks/prediction.py: one process, three steps, gradient accumulation 2, all rows of
-full length. All rows were in view when Unsloth's layers and the allocator's reserve were corrected, so agreement here
-guards against regressions; it is no forecast of the error on other runs. Of Unsloth's LoRA rows only llama-8b's
-determined no number.
+full length. All rows were in view when the allocator's reserve was corrected, so agreement here guards against
+regressions; it is no forecast of the error on other runs. Unsloth's layers were later read anew, from every allocation
+of runs on an H100, and no number of theirs was chosen by these.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def shapes() -> dict[str, tuple[str, dict[str, Any]]]:
 def test_tensors_agree_with_the_measured_peak(row: Row) -> None:
     shape, engine, measured = row[0], row[1], row[6]
     # Gemma 3's windowed layers keep 4 MiB more each on a GPU than in a trace; why is not known.
-    tolerance = 0.01 if engine == "unsloth" or shape == "gemma3-1b" else 0.001
+    tolerance = 0.015 if engine == "unsloth" else 0.01 if shape == "gemma3-1b" else 0.001
     assert predict(row).allocated_bytes == pytest.approx(measured, rel=tolerance)
 
 

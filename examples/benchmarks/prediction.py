@@ -44,7 +44,7 @@ from prediction_edges import edge_rows
 from prediction_figures import figures, line, score
 from prediction_jobs import Task, expected_bytes, room_bytes, run_side_by_side
 from prediction_process import Ended, environment, outcome, start
-from prediction_rows import FIXED_ROWS, IN_VIEW, ROWS, Row
+from prediction_rows import FIXED_ROWS, ROWS, SEEN_ROWS, Row
 from prediction_watch import ProcessMemory
 from shapes import SHAPES
 
@@ -164,7 +164,7 @@ def run_row(row: Row, model: Path, place: Place, over: threading.Event) -> dict[
         "process_used_peak_bytes": watched.peak_bytes,
         "arguments": row.arguments(),
         "may_fail": row.may_fail,
-        "in_view": row.name in IN_VIEW,
+        "in_view": row in SEEN_ROWS,
         "jobs": place.jobs,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -259,10 +259,8 @@ def measure(options: argparse.Namespace) -> Path:
     settled = {row.get("name") for row in measured if is_settled(row)}
     # Edge rows run alone, for which all others would have to end: they come when these are through.
     edges = edge_rows(device)
-    all_rows = [*ROWS, *edges, *FIXED_ROWS]
-    all_rows.sort(key=lambda row: row.name not in IN_VIEW)
+    all_rows = list(SEEN_ROWS) if options.in_view else [*ROWS, *edges, *FIXED_ROWS]
     todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
-    todo = [row for row in todo if row.name in IN_VIEW or not options.in_view]
     failed = {row.get("name") for row in measured} - settled
     todo.sort(key=lambda row: row.name in failed)  # those that failed come last
     options.work.mkdir(parents=True, exist_ok=True)
@@ -314,7 +312,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--minutes", type=float, default=0, help="begin no row that would end later; 0: all rows")
     parser.add_argument("--jobs", type=int, default=1, help="rows that may run side by side; 1: one after the other")
     parser.add_argument("--only", default="", help="only rows whose names contain this")
-    parser.add_argument("--in-view", action="store_true", help="only rows that may change a formula")
+    parser.add_argument("--in-view", action="store_true", help="only rows that have changed a formula")
     parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--again", type=Path, help="predict the rows of this results file anew")

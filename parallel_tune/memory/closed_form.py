@@ -21,7 +21,7 @@ from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
 from parallel_tune.memory.reserve import recordings_reserve_bytes, reserve_bytes
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
 from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
-from parallel_tune.memory.unsloth_tape import OFFLOAD_BYTES
+from parallel_tune.memory.unsloth_tape import OFFLOAD_CONTEXT_BYTES, OFFLOADED_HIDDEN, unpacked_weight_bytes
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
 
 INDEX_BYTES = 8
@@ -58,6 +58,7 @@ class ClosedFormEstimator:
         peak = replace(peak, buffers_bytes=peak.buffers_bytes + streams * constants.workspace_bytes)
         context = constants.context_bytes + (constants.nccl_bytes if arrangement.processes > 1 else 0)
         context += GRAPHS_CONTEXT_BYTES if arrangement.captured else 0
+        context += OFFLOAD_CONTEXT_BYTES if arrangement.gradient_checkpointing == "unsloth" else 0
         scratch = constants.nf4_scratch_bytes if self.settings.load_in_4bit else 0
         return replace(
             peak,
@@ -220,6 +221,7 @@ class _Moments:
     ) -> MemoryEstimate:
         if self.arrangement.captured:
             buffers += GRADIENT_COPIES * self.states.gradients_bytes
+        buffers += unpacked_weight_bytes(self.facts, self.settings)
         return MemoryEstimate(
             weights_bytes=self.states.weights_bytes,
             adapters_bytes=self.states.adapters_bytes,
@@ -260,7 +262,7 @@ class _Moments:
         rotary = kinds * 2 * places * facts.head_dim * settings.compute_bytes
         incoming = self.hidden_bytes if not part.embedding and not self.checkpointed else 0
         # Recomputation needs the mask again; without it only the layers' biases made of it remain.
-        offload = OFFLOAD_BYTES if self.arrangement.gradient_checkpointing == "unsloth" else 0
+        offload = OFFLOADED_HIDDEN * self.hidden_bytes if self.arrangement.gradient_checkpointing == "unsloth" else 0
         return indices + rotary + incoming + offload + (self._mask_bytes() if self.checkpointed else 0)
 
     def _mask_bytes(self) -> int:

@@ -5,15 +5,26 @@ from __future__ import annotations
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.operations import FLOAT32_BYTES
 from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.unsloth_tape import KERNEL_FAMILIES
 
 FUSED_CHUNK_ROWS = 512
-"""Tokens whose float32 logits one chunk of Unsloth's fused loss holds. Measured beside llama-1b on a card with much
-free memory (H200); where little is free its chunks are smaller, never larger (FACTS, Unsloth)."""
+"""Tokens whose float32 logits one chunk of the transformers engine's fused loss holds, and of Unsloth's for layers that
+it only compiles (one row of gemma3-1b)."""
+
+UNSLOTH_TILE_BYTES = 256 << 20
+"""The most that Unsloth's loss holds of the logits at once (unsloth_zoo/fused_losses/fused_linear.py); less on a card
+with little free memory."""
+UNSLOTH_CHUNK_ROWS = 4096
+"""Tokens of a chunk of it, whose hidden states and their gradient it holds in 16 and in 32 bits."""
 
 
 def fused_loss_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch: int) -> int:
     """The hidden states and their gradient, one chunk, and the head's own gradient where it is trained."""
     tokens = micro_batch * settings.sequence_length
-    hidden = 2 * tokens * facts.hidden_size * settings.compute_bytes
+    hidden = tokens * facts.hidden_size * settings.compute_bytes
     head = facts.vocab_size * facts.hidden_size * settings.weight_bytes if settings.method == "full" else 0
-    return hidden + head + min(tokens, FUSED_CHUNK_ROWS) * facts.vocab_size * FLOAT32_BYTES
+    if settings.engine == "unsloth" and facts.model_type in KERNEL_FAMILIES:
+        rows = min(tokens, UNSLOTH_CHUNK_ROWS)
+        chunk = rows * facts.hidden_size * (settings.compute_bytes + FLOAT32_BYTES)
+        return 3 * hidden + head + chunk + min(tokens * facts.vocab_size * FLOAT32_BYTES, UNSLOTH_TILE_BYTES)
+    return 2 * hidden + head + min(tokens, FUSED_CHUNK_ROWS) * facts.vocab_size * FLOAT32_BYTES

@@ -61,11 +61,11 @@ def layer_segment(
     # The next layer keeps what it needs of the output; its gradient arrives in its place.
     tape.drop(output)
     stored = tape.live_bytes
+    # A checkpoint holds the layer's input; unless it is one of the kept tensors, it lies beside them.
+    held = 0 if source.buffer.references else source.size_bytes
     tape.reset_peak()
     tape.backward(output)
     backward, own = tape.peak_bytes, tape.peak_weight_gradient_bytes
-    # A checkpoint holds the layer's input; unless it is one of the kept tensors, it lies beside them.
-    held = 0 if source.buffer.references else source.size_bytes
     recompute += tape.live_before_saved_bytes - stored
     checkpointed = max(recompute, backward + held)
     return Segment(stored, forward, backward, own, checkpointed, own if checkpointed > recompute else 0)

@@ -33,6 +33,7 @@ class TrainingSettings:
             rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
         lora_dtype: dtype of the adapters.
         repeats_heads: attention without a mask keeps grouped keys and values once for each head.
+        spare_tokens: by which Unsloth's attention fills up the rows of a micro-batch; None for rows of full length.
         segments_grow: torch's allocator is set up so (allocator.py), and holds little beyond live tensors.
     """
 
@@ -53,6 +54,7 @@ class TrainingSettings:
     attention_mask: bool | None = None
     lora_dtype: str = "float32"
     repeats_heads: bool = False
+    spare_tokens: int | None = None
     segments_grow: bool = True
 
     def __post_init__(self) -> None:

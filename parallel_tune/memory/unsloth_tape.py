@@ -1,25 +1,26 @@
-"""A decoder layer of Unsloth's LoRA path: compiled as one region, with derivatives that keep little.
+"""A decoder layer of Unsloth's LoRA path, whose derivatives keep little.
 
-Two sources. What the autograd functions of unsloth/kernels (release 2026.10, Apache-2.0) save: the norm its input and a
-float32 per token; the q, k, v product its input; the feed-forward block its input and the two products before the
-activation. And what torch's min-cut partitioner adds when the layer is one region, seen by running it over a replica
-of the layer: attention's result a second time where it does not lie as the output projection reads it, the adapters
-cast to the compute dtype, and room for the gradients of their second halves. Products, kernels and attention are not
-recomputed.
+What the autograd functions of unsloth/kernels (release 2026.10, Apache-2.0) save: the norm its input and a float32 per
+token; the q, k, v product its input; the feed-forward block its input and the two products before the activation, in
+which its derivative works in place. Attention goes through torch's cuDNN kernel on recent cards, and Unsloth fills
+every row up for it (unsloth/utils/attention_dispatch.py): queries, keys, values and the result are kept filled up, and
+the result once more as the output projection reads it.
 
-Measured on an H200 (torch 2.11), not read: llama-1b's rows show that attention's result is kept twice; with
-llama-3b's checkpointed row beside them, FEED_FORWARD_HIDDEN and OFFLOAD_BYTES; and llama-3b's 4-bit row that k's and
-v's weights stay unpacked, though why only those is not known. llama-8b's row determined nothing.
+Read, and then held against every allocation of seven runs on an H100 (torch 2.11): Qwen2, Qwen3, Mistral, Llama; joined
+and padded, captured, recomputed, offloaded; 16 and 4 bits. So these are no test of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from parallel_tune.memory import operations as ops
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.feed_forward import mixture
 from parallel_tune.memory.operations import Scene
 from parallel_tune.memory.parameters import Linear, adapter_shapes, attention_linears
-from parallel_tune.memory.tape import Buffer, Tape, Value
+from parallel_tune.memory.settings import TrainingSettings
+from parallel_tune.memory.tape import Tape, Value
 
 
 def unsloth_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
@@ -35,10 +36,32 @@ KERNEL_FAMILIES = frozenset(
 )
 """Model types whose layers Unsloth has written itself. In others, which it only compiles, the feed-forward block keeps
 its inner product as well, and attention's result lies as the projection reads it: settled by one row of gemma3-1b."""
-OFFLOAD_BYTES = 64 << 20
-"""What checkpoints in host memory cost the device, whatever the model: measured, of unknown parts."""
-FEED_FORWARD_HIDDEN = 3
+OFFLOADED_HIDDEN = 3
+"""Hidden states on the device beside checkpoints in host memory: two buffers for copies, and the last layer's own."""
+OFFLOAD_CONTEXT_BYTES = 72 << 20
+"""What they add to the context, outside the allocator: the stream of the copies, and pinned memory's mapping. Measured
+on an H100: 70 to 80 MiB in four runs of three shapes, so these are no test of it."""
+COMPILED_HIDDEN = 3
 """Hidden states that the compiled backward of a feed-forward block holds beside its three inner ones."""
+ATTENTION_ROW = 128
+"""Rows are filled up to a multiple of it, and by one whole multiple where they are one."""
+
+
+def spare_tokens(row_tokens: int) -> int:
+    """Tokens by which attention fills a row up."""
+    return ATTENTION_ROW - row_tokens % ATTENTION_ROW
+
+
+def mean_spare_tokens(lengths: Sequence[int]) -> int:
+    """The same for rows of these lengths, on average."""
+    return round(sum(map(spare_tokens, lengths)) / len(lengths))
+
+
+def unpacked_weight_bytes(facts: ModelFacts, settings: TrainingSettings) -> int:
+    """A 16-bit copy of the largest packed weight: Unsloth unpacks into one buffer, which it keeps."""
+    if settings.engine != "unsloth" or not settings.load_in_4bit:
+        return 0
+    return facts.intermediate_size * facts.hidden_size * settings.compute_bytes
 
 
 def _norm(tape: Tape, scene: Scene, source: Value) -> Value:
@@ -70,71 +93,55 @@ def _adapters(facts: ModelFacts, scene: Scene, layer: int, names: tuple[str, ...
     return tuple(adapter_shapes(facts, layer, settings.lora_rank, targets)) if targets and not facts.num_experts else ()
 
 
-def _cast_adapters(tape: Tape, facts: ModelFacts, scene: Scene, layer: int, names: tuple[str, ...]) -> Buffer:
-    """Both halves in the compute dtype, and the second half's gradient, which the region allocates beforehand."""
-    shapes = _adapters(facts, scene, layer, names)
-    elements = sum(rows * columns for rows, columns in shapes)
-    elements += sum(rows * columns for rows, columns in shapes if columns == scene.settings.lora_rank)
-    return tape.hold(elements * scene.element_bytes)
-
-
 def _attention(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micro_batch: int, source: Value) -> Value:
     *inputs, output = attention_linears(facts)
     normed = _norm(tape, scene, source)
     width = scene.bytes_of(facts.query_size + 2 * facts.kv_size)
-    names = tuple(shape.name for shape in inputs)
-    gradients = _adapter_gradients(facts, scene, layer, names)
-    casts = _cast_adapters(tape, facts, scene, layer, names)
-    unpacked = tape.hold(_unpacked_bytes(facts, scene))
-    states = tape.operation(width, ((normed, normed.size_bytes),), (normed, casts, unpacked), gradients)
-    tape.release(casts)
-    tape.release(unpacked)
+    gradients = _adapter_gradients(facts, scene, layer, tuple(shape.name for shape in inputs))
+    # With a bias the three go through peft's own layer, each with a copy of the input in 16 bits.
+    copies = tape.hold(2 * normed.size_bytes if facts.qkv_bias and gradients else 0)
+    states = tape.operation(width, ((normed, normed.size_bytes),), (normed, copies), gradients)
+    tape.release(copies)
     tape.drop(normed)
     if facts.qk_norm:  # keeps queries and keys as they were before the norm
-        turned = tape.operation(scene.bytes_of(facts.query_size + facts.kv_size), ((states, width),), (states,))
-        kept: tuple[Value, ...] = (turned, states)
-    else:
-        kept = (states,)
-    statistic = tape.hold(scene.tokens * facts.num_heads * ops.FLOAT32_BYTES)
+        before = tape.hold(scene.bytes_of(facts.query_size + facts.kv_size))
+        turned = tape.operation(width, ((states, width),), (before,))
+        tape.release(before)
+        tape.drop(states)
+        states = turned
+    own_kernels = facts.model_type in KERNEL_FAMILIES
+    tokens = scene.tokens + (_spare_tokens(scene, micro_batch) if own_kernels else 0)
+    heads = facts.num_heads if scene.settings.repeats_heads else facts.num_kv_heads
+    filled_width = facts.query_size + 2 * facts.head_dim * heads
+    filled = tape.operation(tokens * filled_width * scene.element_bytes, ((states, width),))
+    tape.drop(states)
+    statistic = tape.hold(tokens * facts.num_heads * ops.FLOAT32_BYTES)
     square = scene.tokens * scene.settings.mask_width(micro_batch) * scene.element_bytes
     bias = tape.hold(square if scene.settings.masked(micro_batch) else 0)
-    repeated_bytes = 2 * scene.bytes_of(facts.query_size - facts.kv_size) if scene.settings.repeats_heads else 0
-    repeated = tape.hold(repeated_bytes)
     joined = tape.operation(
-        scene.bytes_of(facts.query_size),
-        ((kept[0], kept[0].size_bytes),),
-        (*kept, statistic, bias, repeated),
+        tokens * facts.query_size * scene.element_bytes,
+        ((filled, filled.size_bytes),),
+        (filled, statistic, bias),
         save_output=True,
     )
-    tape.release(repeated)
     tape.release(statistic)
     tape.release(bias)
-    tape.drop(*kept)
-    if facts.model_type in KERNEL_FAMILIES:
-        copied = tape.operation(joined.size_bytes, ((joined, None),))
+    tape.drop(filled)
+    if own_kernels:
+        copied = tape.operation(scene.bytes_of(facts.query_size), ((joined, joined.size_bytes),))
         tape.drop(joined)
         joined = copied
     return _output(tape, scene, facts, layer, joined, output)
 
 
-def _feed_forward_scratch(facts: ModelFacts, scene: Scene, inner: int, hidden: int) -> int:
-    """What the block's derivative holds while it runs: the compiled one writes its three inner products anew; beside
-    packed weights, which no compiler follows, it is Unsloth's own, which works in place, with a hidden state and one
-    unpacked weight beside it."""
-    if scene.settings.load_in_4bit:
-        return inner + hidden + facts.intermediate_size * facts.hidden_size * scene.element_bytes
-    return 3 * inner + FEED_FORWARD_HIDDEN * hidden
-
-
-def _unpacked_bytes(facts: ModelFacts, scene: Scene) -> int:
-    return 2 * facts.kv_size * facts.hidden_size * scene.element_bytes if scene.settings.load_in_4bit else 0
+def _spare_tokens(scene: Scene, micro_batch: int) -> int:
+    known = scene.settings.spare_tokens
+    return micro_batch * spare_tokens(scene.settings.sequence_length) if known is None else known
 
 
 def _output(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, joined: Value, shape: Linear) -> Value:
     gradients = _adapter_gradients(facts, scene, layer, (shape.name,))
-    casts = _cast_adapters(tape, facts, scene, layer, (shape.name,))
-    result = tape.operation(scene.bytes_of(shape.outputs), ((joined, joined.size_bytes),), (joined, casts), gradients)
-    tape.release(casts)
+    result = tape.operation(scene.bytes_of(shape.outputs), ((joined, joined.size_bytes),), (joined,), gradients)
     tape.drop(joined)
     return result
 
@@ -145,18 +152,25 @@ def _feed_forward(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, sourc
         result = mixture(tape, scene, facts, layer, normed)
     else:
         inner = scene.bytes_of(facts.intermediate_size)
-        products = tape.hold((2 if facts.model_type in KERNEL_FAMILIES else 3) * inner)
-        names = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
-        casts = _cast_adapters(tape, facts, scene, layer, names)
+        own_kernels = facts.model_type in KERNEL_FAMILIES
+        products = tape.hold((2 if own_kernels else 3) * inner)
         result = tape.operation(
             normed.size_bytes,
             ((normed, normed.size_bytes),),
-            (normed, products, casts),
-            _adapter_gradients(facts, scene, layer, names),
+            (normed, products),
+            _adapter_gradients(facts, scene, layer, ("gate_proj", "up_proj", "down_proj", "gate_up_proj")),
             scratch_bytes=inner,
             backward_scratch_bytes=_feed_forward_scratch(facts, scene, inner, normed.size_bytes),
         )
-        tape.release(casts)
         tape.release(products)
     tape.drop(normed)
     return result
+
+
+def _feed_forward_scratch(facts: ModelFacts, scene: Scene, inner: int, hidden: int) -> int:
+    """What the block's derivative holds while it runs. Unsloth's own works in place, beside one weight unpacked; over
+    padded rows of 16-bit weights, the layer is compiled as one region, which writes the three inner products anew."""
+    settings = scene.settings
+    if facts.model_type in KERNEL_FAMILIES and (settings.packed or settings.load_in_4bit):
+        return inner + unpacked_weight_bytes(facts, settings)
+    return 3 * inner + COMPILED_HIDDEN * hidden

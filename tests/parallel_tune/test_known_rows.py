@@ -119,7 +119,7 @@ def test_the_plan_counts_what_the_report_will_count() -> None:
         config, known = plan_of(KnownRows([2048] * 64), **options)
         _, full = plan_of(None, **options)
         reason = None if padding_free == "on" else "so"
-        (predicted,) = predict_for_rows(config, known, TrainedRows(2048, 8192, padding_free == "off", reason))
+        (predicted,) = predict_for_rows(config, known, TrainedRows(2048, 8192, padding_free == "off", reason, (), 128))
         assert known.devices[0].memory == predicted
         assert predicted.peak_bytes == pytest.approx(full.devices[0].memory.peak_bytes, rel=0.002)
 
