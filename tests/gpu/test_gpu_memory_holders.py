@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +117,7 @@ def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
     run, states = tmp_path / "run", tmp_path / "states.json"
     options = (f"--model={shape('llama-1b')}", f"--dataset={DATASET}", f"--engine={engine}", "--max_seq_length=256")
     tune(run, *options, "--strategy=ddp", "--max_devices=1", "--global_batch_size=2", "--max_steps=2")
+    shutil.rmtree(run / "adapter")  # the worker that follows makes it anew
     program = tmp_path / "program.py"
     program.write_text(WATCHED)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
