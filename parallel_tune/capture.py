@@ -46,6 +46,8 @@ def replayed(captured: Mapping[str, Any]) -> str:
     """
     share = captured["replayed_elements"] / captured["elements"] if captured["elements"] else 0.0
     said = f"replayed {share:.1%} of all tokens, recording took {captured['capture_seconds']:.1f} s"
+    if captured.get("uncompiled_reason"):
+        said = f"{said}; layers were not compiled, since {captured['uncompiled_reason']}"
     return said if captured["reason"] is None else f"{said}; steps are no longer captured, since {captured['reason']}"
 
 

@@ -152,6 +152,7 @@ class TrainConfig:
     max_devices: int | None = option(None, HARDWARE, "Use no more devices than this: the largest and fastest ones.")
     device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device.")
     capture: str = option("auto", HARDWARE, "Record a step once as CUDA graphs and replay it: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
+    torch_compile: bool = option(False, HARDWARE, "Let torch.compile compile each layer for what is captured; faster, after a minute or so. Not with Unsloth.")
     pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
     lanes: int | None = option(None, HARDWARE, "Micro-batches in flight at once in a split; as many as stages if left out.")
     stages: int | None = option(None, HARDWARE, "Split the model into so many parts; more than devices share them, to try a split out.")

@@ -48,7 +48,7 @@ NOT_OFFERED = {
     ),
     "They change loss, kernels or optimizer unseen by the memory estimate: `launch` your own script for them": (
         "optim_args", "optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel",
-        "liger_kernel_config", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32",
+        "liger_kernel_config", "torch_compile_backend", "torch_compile_mode", "tf32",
         "full_determinism",
     ),
 }  # fmt: skip

@@ -99,6 +99,7 @@ class Options(TypedDict, total=False):
     max_devices: int | None
     device_map: str | PathLike[str] | None
     capture: Literal["auto", "on", "off"]
+    torch_compile: bool
     pipeline: Literal["auto", "on", "off"] | bool
     lanes: int | None
     stages: int | None

@@ -165,7 +165,8 @@ def facts(plan: Plan) -> Iterable[str]:
         why = f", since {plan.padded_reason}" if plan.padded_reason else ""
         yield f"padding        rows are padded to the longest of their micro-batch{why}"
     if plan.captured:
-        yield "steps          captured as CUDA graphs, one for each size of micro-batch, and replayed"
+        how = ", of compiled layers" if plan.compiled else ""
+        yield f"steps          captured as CUDA graphs{how}, one for each size of micro-batch, and replayed"
     elif len(plan.devices) > 1 and plan.devices[0].kind == "cuda":
         yield f"steps          not captured: {plan.uncaptured_reason}"
     traced = [device for device in plan.devices if device.traced_allocated_bytes is not None]

@@ -118,10 +118,27 @@ def _plan(
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
+    if config.torch_compile:
+        plan = _compiled(plan)
     if config.device_map is not None:
         said = f"--device_map {config.device_map}: the map is computed here, from predicted use against free memory"
         plan = replace(plan, reasons=(*plan.reasons, said))
     return plan
+
+
+def _compiled(plan: Plan) -> Plan:
+    """The same run with compiled layers; their memory is counted as if they were not, which is no less.
+
+    Raises:
+        ConfigError: nothing is captured, or Unsloth's layers would be compiled.
+    """
+    if plan.engine == "unsloth":
+        raise ConfigError("torch_compile: Unsloth has kernels of its own", "Drop it, or use --engine transformers.")
+    if plan.fits and not plan.captured:
+        raise ConfigError(
+            f"torch_compile compiles layers for captured steps, and none are: {plan.uncaptured_reason}", "Drop it."
+        )
+    return replace(plan, compiled=True)
 
 
 def _uncaptured(plan: Plan, known: str) -> str:

@@ -247,6 +247,7 @@ class Plan:
         padding_free: rows of a micro-batch are joined, and attention keeps to each of them.
         captured: forward and backward are recorded once for each size of micro-batch, and replayed.
         uncaptured_reason: why not; empty where they are, or where the strategy has no use for it.
+        compiled: what is recorded is of layers that torch.compile has compiled.
         rows_known: memory and speed are those of the run's own rows; else all rows count as full.
         padded_reason: why rows are padded though nobody asked for it; else empty.
         launch: the command that starts the training processes.
@@ -273,6 +274,7 @@ class Plan:
     padded_reason: str = ""
     captured: bool = False
     uncaptured_reason: str = ""
+    compiled: bool = False
     rows_known: bool = False
     reasons: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()

@@ -11,12 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from strategies.compiled_layers import CompiledLayers
 from strategies.gradients import FlatGradients
 from strategies.randomness import leave_capture
 
@@ -88,6 +90,8 @@ class ReplayReport:
         replayed_elements: those of replayed ones.
         capture_seconds: spent on recording, and on checking each recording against an eager run.
         gradient_error: the largest distance found by these checks.
+        compiled: whether layers were to be compiled for recordings.
+        uncompiled_reason: why they are not any more.
     """
 
     reason: str | None = None
@@ -97,6 +101,8 @@ class ReplayReport:
     capture_seconds: float = 0.0
     gradient_error: float = 0.0
     sizes: list[int] = field(default_factory=list)
+    compiled: bool = False
+    uncompiled_reason: str | None = None
 
 
 class Replay:
@@ -112,6 +118,7 @@ class Replay:
         recorder: what records.
         world_size: replicas that average their gradients.
         reduce_dtype: in which they do.
+        compiled: layers to compile for recordings; None leaves them as they are.
     """
 
     sums_gradients = True
@@ -123,16 +130,18 @@ class Replay:
         recorder: Recorder,
         world_size: int = 1,
         reduce_dtype: torch.dtype = torch.float32,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self._parameters = parameters
         self._device = device
         self._recorder = recorder
         self._world_size = world_size
         self._reduce_dtype = reduce_dtype
+        self._compiled = compiled
         self._gradients: FlatGradients | None = None
         self._first: dict[Signature, dict[str, Tensor]] = {}
         self._recordings: dict[Signature, _Recording] = {}
-        self.report = ReplayReport()
+        self.report = ReplayReport(compiled=compiled is not None)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -233,7 +242,8 @@ class Replay:
 
     def _record(self, index: int, inputs: dict[str, Tensor], forward: Forward, backward: Backward) -> _Recording | None:
         try:
-            replay, loss = self._recorder.record(lambda: _eager(index, inputs, forward, backward))
+            with as_compiled(self._compiled, lambda: _eager(index, inputs, forward, backward), self.report):
+                replay, loss = self._recorder.record(lambda: _eager(index, inputs, forward, backward))
         except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
             _log.warning("the step cannot be captured", exc_info=error)
             self._give_up(f"the step cannot be captured: {what_stopped(error)}")
@@ -245,6 +255,23 @@ class Replay:
         self._recordings.clear()
         self._first.clear()
         self._recorder.forget()
+
+
+def as_compiled(
+    layers: CompiledLayers | None, a_pass: Callable[[], Any], report: ReplayReport
+) -> AbstractContextManager[None]:
+    """Compile the layers in a pass, which a recording cannot do, and use them so in the context that is returned; where
+    that fails, the context leaves them as they are, and the report says why."""
+    if layers is None:
+        return nullcontext()
+    if layers.reason is None:
+        try:
+            with layers.used():
+                a_pass()
+        except Exception as error:  # what cannot be compiled can still be recorded
+            layers.give_up(f"torch.compile failed: {what_stopped(error)}")
+            report.uncompiled_reason = layers.reason
+    return layers.used()
 
 
 def what_stopped(error: BaseException) -> str:

@@ -34,7 +34,7 @@ class ReplicaSession:
         self.is_main = self.rank == 0
         if self.world_size != plan.processes:
             raise AssertionError(f"the plan has {plan.processes} processes, the launcher started {self.world_size}")
-        self._captured = plan.captured
+        self._captured, self._compiled = plan.captured, plan.compiled
         self._reduce_dtype: torch.dtype = getattr(torch, plan.reduce_dtype)
         self._accumulates = plan.gradient_accumulation_steps > 1
         self._static_graph = False
@@ -57,7 +57,9 @@ class ReplicaSession:
         self._static_graph = not self._accumulates and not _may_leave_parts_out(model)
         if not self._captured:
             return
+        from strategies.compiled_layers import CompiledLayers
         from strategies.replay import CudaGraphs, Replay
+        from strategies.stages import dissect
 
         self._replay = Replay(
             lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -65,6 +67,7 @@ class ReplicaSession:
             CudaGraphs(self.device),
             self.world_size,
             self._reduce_dtype,
+            CompiledLayers(dissect(model).layers) if self._compiled else None,
         )
 
     def training_arguments(self) -> dict[str, Any]:
@@ -142,6 +145,7 @@ class SplitSession:
         return {name: self._plan.visible.index(int(index)) for name, index in self._plan.device_map.items()}
 
     def place(self, model: Any) -> None:
+        from strategies.compiled_layers import CompiledLayers
         from strategies.pipeline import Lanes
         from strategies.stage_capture import StageCapture
         from strategies.stages import split
@@ -154,6 +158,7 @@ class SplitSession:
                 self._stages,
                 lambda: [parameter for parameter in model.parameters() if parameter.requires_grad],
                 self.stage_recorder(self._stages),
+                CompiledLayers(self._stages.anatomy.layers) if self._plan.compiled else None,
             )
         # A step begins with idle devices anyway: waiting for them costs nothing and makes timelines exact.
         turns = Turns(self._stages, align_clocks=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from strategies.compiled_layers import CompiledLayers
 from strategies.cuts import pass_through
 from strategies.gradients import FlatGradients
 from strategies.replay import (
@@ -19,6 +20,7 @@ from strategies.replay import (
     Forward,
     ReplayReport,
     Signature,
+    as_compiled,
     signature_of,
     size_of,
     what_stopped,
@@ -41,17 +43,25 @@ class StageCapture:
     Args:
         parameters: gives those that train; asked at the first step, when a trainer has settled their dtype.
         recorder: what records.
+        compiled: layers to compile for recordings; None leaves them as they are.
     """
 
-    def __init__(self, stages: Stages, parameters: Callable[[], Sequence[Tensor]], recorder: StageRecorder) -> None:
+    def __init__(
+        self,
+        stages: Stages,
+        parameters: Callable[[], Sequence[Tensor]],
+        recorder: StageRecorder,
+        compiled: CompiledLayers | None = None,
+    ) -> None:
         self._stages = stages
         self._parameters = parameters
         self._recorder = recorder
+        self._compiled = compiled
         self._gradients: FlatGradients | None = None
         self._first: dict[Signature, Batch] = {}
         self._recordings: dict[Signature, list[Recording]] = {}
         self._run: list[list[Recording] | None] = []
-        self.report = ReplayReport()
+        self.report = ReplayReport(compiled=compiled is not None)
 
     def prepare(self, micro_batches: Sequence[Any], forward: Forward, backward: Backward, num_lanes: int) -> None:
         """Record what is due before lanes work on these micro-batches. No lane may be at work.
@@ -117,8 +127,10 @@ class StageCapture:
             eager = gradients.copy()
             recordings, errors = [], []
             try:
+                a_pass = partial(pass_through, stages, alone, partial(pass_forward, first), backward)
                 for lane in range(num_lanes):
-                    recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
+                    with as_compiled(self._compiled, a_pass, self.report):
+                        recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
                     gradients.begin()
                     recordings[-1].play(alone, batch)
                     errors.append(gradients.distance(eager))

@@ -63,6 +63,22 @@ def test_a_captured_run_follows_the_eager_one(
     assert captured == pytest.approx(eager, rel=5e-3)
 
 
+@pytest.mark.parametrize("four_bit", [False, True], ids=["bf16", "4bit"])
+@pytest.mark.parametrize("split", [(), ("--strategy=model_parallel", "--stages=2")], ids=["replica", "stages"])
+def test_compiled_layers_follow_the_eager_run(
+    split: tuple[str, ...], four_bit: bool, shape: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ["--engine=transformers", *(["--load_in_4bit"] if four_bit else []), *split]
+    eager, _ = train(shape("qwen3-1b"), tmp_path / "eager", *options, "--capture=off")
+    _, before = train(shape("qwen3-1b"), tmp_path / "plain", *options, "--capture=on")
+    compiled, report = train(shape("qwen3-1b"), tmp_path / "compiled", *options, "--capture=on", "--torch_compile")
+    found = report["captured"]
+    print(split, four_bit, found, "tokens/s", before["tokens_per_second"], report["tokens_per_second"])
+    assert (found["reason"], found["uncompiled_reason"], found["compiled"]) == (None, None, True)
+    assert found["replayed_elements"] > 0.8 * found["elements"]
+    assert compiled == pytest.approx(eager, rel=5e-3)
+
+
 def test_a_step_that_reads_the_gpu_is_run_eagerly_and_training_goes_on() -> None:
     device = torch.device("cuda", 0)
     weight = torch.nn.Parameter(torch.ones(8, device=device))

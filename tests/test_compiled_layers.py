@@ -1,0 +1,157 @@
+"""Layers compiled for what is recorded: eager passes keep the stock ones, what cannot be compiled is recorded as it is.
+
+The backend here runs what torch.compile traced, operation by operation, so that no compiler is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from lane_steps import CPU, CUTS, assert_same, batches, in_lanes, naive, tiny
+from op_tape import OperationTape
+from test_replay import Again, steps, train
+from torch import Tensor, nn
+
+from parallel_tune.capture import replayed
+from parallel_tune.config import make_config
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.plan_view import render_plan
+from parallel_tune.planning import make_plan
+from parallel_tune.row_attention import use_row_attention
+from strategies.compiled_layers import CompiledLayers
+from strategies.contracts import Plan
+from strategies.errors import ConfigError
+from strategies.pipeline import Lanes
+from strategies.registry import load_registry
+from strategies.replay import Replay
+from strategies.stage_capture import StageCapture
+from strategies.stages import split
+
+# Dynamo looks at the gradients of tensors that are no leaves, and torch warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+class Layer(nn.Module):
+    """torch's own modules are not compiled by themselves."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.linear(inputs).tanh()
+        return outputs
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Layer(6, 8), nn.Tanh(), Layer(8, 1))
+
+
+class Backend:
+    """Counts what was compiled, and runs it as it was traced; or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.graphs = self.runs = 0
+        self.error = error
+
+    def __call__(self, graph: Any, _examples: Any) -> Callable[..., Any]:
+        if self.error is not None:
+            raise self.error
+        self.graphs += 1
+
+        def run(*arguments: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*arguments)
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_stays() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_layers_are_compiled_within_and_themselves_outside() -> None:
+    model, backend = build(), Backend()
+    layers = CompiledLayers([model[0], model[2]], backend)
+    inputs = torch.ones(3, 6)
+    expected = model(inputs)
+    assert backend.graphs == 0
+    with layers.used():
+        assert torch.equal(model(inputs), expected)
+        assert (backend.graphs, backend.runs) == (2, 2)
+    model(inputs)
+    assert backend.runs == 2
+    with layers.used():
+        model(inputs)
+    assert (backend.graphs, backend.runs) == (2, 4)
+    assert set(model.state_dict()) == set(build().state_dict())
+
+
+def test_a_replica_compiles_before_it_records_and_trains_alike() -> None:
+    data = steps(4)
+    expected = train(build(), data, None)
+    model, backend = build(), Backend()
+    replay = Replay(
+        lambda: list(model.parameters()), torch.device("cpu"), Again(), compiled=CompiledLayers([model[0]], backend)
+    )
+    assert train(model, data, replay) == pytest.approx(expected, rel=1e-6)
+    assert backend.graphs == backend.runs == len(replay.report.sizes) > 0
+    assert replay.report.compiled and replay.report.uncompiled_reason is None
+
+
+def test_what_cannot_be_compiled_is_recorded_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    data = steps(4)
+    expected = train(build(), data, None)
+    model, backend = build(), Backend(RuntimeError("no compiler"))
+    layers = CompiledLayers([model[0]], backend)
+    replay = Replay(lambda: list(model.parameters()), torch.device("cpu"), Again(), compiled=layers)
+    with caplog.at_level(logging.WARNING):
+        assert train(model, data, replay) == pytest.approx(expected, rel=1e-6)
+    report = replay.report
+    assert report.reason is None and report.recordings > 0
+    assert report.uncompiled_reason is not None and "no compiler" in report.uncompiled_reason
+    assert caplog.text.count("layers are not compiled") == 1
+    assert "layers were not compiled, since torch.compile failed" in replayed(vars(report))
+
+
+def test_captured_stages_of_compiled_layers_have_the_naive_gradients() -> None:
+    model, backend = tiny("lora"), Backend()
+    use_row_attention(model)
+    stages = split(model, CUTS[2], [CPU] * 2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = CompiledLayers(stages.anatomy.layers, backend)
+    captured = StageCapture(stages, lambda: trained, OperationTape(), layers)
+    inputs = batches(4)
+    expected = naive(model, inputs)
+    with Lanes(stages, 2, captured=captured) as lanes:
+        for _ in range(2):
+            assert_same(expected, in_lanes(lanes, model, inputs))
+    assert backend.graphs > 0
+    assert (captured.report.reason, captured.report.uncompiled_reason) == (None, None)
+    assert captured.report.replayed_elements > 0
+
+
+def plan_of(**options: Any) -> Plan:
+    config = make_config({"model": "Qwen/Qwen3-8B", "strategy": "ddp", "torch_compile": True, **options})
+    hardware = parse_hardware("2xH100-80GB")
+    engine = "unsloth" if options.get("engine") == "unsloth" else "transformers"
+    return make_plan(config, load_model_facts(config.model), engine, hardware, load_registry())
+
+
+def test_a_plan_says_that_layers_are_compiled() -> None:
+    plan = plan_of(max_seq_length=512, capture="on")
+    assert plan.compiled
+    assert "of compiled layers" in render_plan(plan)
+    with pytest.raises(ConfigError, match="none are: --capture off"):
+        plan_of(capture="off")
+    with pytest.raises(ConfigError, match="Unsloth has kernels of its own"):
+        plan_of(engine="unsloth")
