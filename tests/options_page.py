@@ -45,12 +45,12 @@ UNSLOTH_TRAIN = (
 )  # fmt: skip
 """Options of `unsloth train` that have the same meaning here."""
 TRAINING_ARGUMENTS = (
-    "torch_compile", "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
+    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
     "lr_scheduler_kwargs", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "gradient_checkpointing", "logging_steps",
     "report_to", "run_name", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps",
     "save_total_limit", "push_to_hub", "hub_token", "hub_model_id", "load_best_model_at_end", "metric_for_best_model",
-    "seed", "ddp_timeout",
+    "seed", "ddp_timeout", "torch_compile",
 )  # fmt: skip
 """Fields of transformers' TrainingArguments that may be said here."""
 GONE_BUT_KNOWN = ("warmup_ratio",)
