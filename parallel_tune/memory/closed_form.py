@@ -47,6 +47,9 @@ class ClosedFormEstimator:
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak on the device that holds `part`: the largest of the phases."""
+        if device.kind == "cpu" and arrangement.gradient_checkpointing == "unsloth":
+            # Checkpoints in host memory are the device's own there, and no stream copies them.
+            arrangement = replace(arrangement, gradient_checkpointing="full")
         phases = self.phases(part, arrangement)
         peak = max(phases, key=lambda phase: phase.allocated_bytes)
         loss_bytes = max((phase.allocated_bytes for phase in phases if phase.phase == "cross_entropy"), default=0)
