@@ -10,23 +10,27 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Any of them is a user's own set-up, which stays as it is."""
+VARIABLE = "PYTORCH_ALLOC_CONF"
+OLDER_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+VARIABLES = (*OLDER_NAMES, VARIABLE)
+"""torch takes the first that is there, and no other; an older name even if it is empty, and on any GPU. A user's own
+set-up stays as it is."""
 SETTING = "expandable_segments"
 TEGRA_FILE = Path("/etc/nv_tegra_release")
 
 
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """What to add to an environment; nothing where the user has set the allocator up, or segments cannot grow."""
-    if any(environ.get(name) for name in VARIABLES) or not _can_grow(environ):
+    if any(name in environ for name in OLDER_NAMES) or environ.get(VARIABLE) or not _can_grow(environ):
         return {}
-    return {VARIABLES[0]: f"{SETTING}:True"}
+    return {VARIABLE: f"{SETTING}:True"}
 
 
 def segments_grow(environ: Mapping[str, str]) -> bool:
     """Whether they do in the processes that are started from this environment."""
-    words = ",".join(value for name, value in {**environ, **allocator_variables(environ)}.items() if name in VARIABLES)
-    return f"{SETTING}:true" in words.lower().replace(" ", "")
+    env = {**environ, **allocator_variables(environ)}
+    words = next((env[name] for name in VARIABLES if name in env), "")
+    return f"{SETTING}:True" in words.replace(" ", "")
 
 
 def _can_grow(environ: Mapping[str, str]) -> bool:

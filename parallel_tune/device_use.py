@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from parallel_tune.hardware import probe_details
 from parallel_tune.nvml import used_bytes
+from strategies.errors import ConfigError
 
 Whose = Literal["process", "card less others", "card"]
 
@@ -72,7 +73,11 @@ def look_before(environ: Mapping[str, str], nvml: Any = None) -> CardUse:
     except nvml.NVMLError:
         return CardUse()
     found: dict[str, int] = {}
-    for uuid in probe_details(environ).uuids:
+    try:
+        uuids = probe_details(environ).uuids
+    except ConfigError:
+        return CardUse(nvml)  # a MIG instance, say: it is for the plan to refuse it
+    for uuid in uuids:
         try:
             found[uuid] = used_bytes(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
         except nvml.NVMLError:

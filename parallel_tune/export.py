@@ -114,7 +114,9 @@ def check_means(wanted: Export, engine: str) -> Export:
     wanted = replace(wanted, save_path=str(target))
     if wanted.method != "gguf":
         return wanted
-    means = choose(engine, bool(probe_gpus(os.environ).hardware.devices), wanted.quantizations)
+    # Only Unsloth's exporter asks for a GPU; a MIG instance, which nothing is planned for, hinders no other.
+    gpu = engine == "unsloth" and bool(probe_gpus(os.environ).hardware.devices)
+    means = choose(engine, gpu, wanted.quantizations)
     return replace(
         wanted, exporter=means.exporter, converter=means.converter, quantizer=means.quantizer, said=means.said
     )

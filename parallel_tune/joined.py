@@ -13,6 +13,7 @@ from parallel_tune.allocator import allocator_variables
 from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
+from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.display import summary
 from parallel_tune.plan_view import render_plan
 from parallel_tune.process import leave
@@ -32,12 +33,13 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
 
     from strategies.sessions import join_processes
 
+    use = look_before(os.environ)  # joining takes a context on the card
     join_processes(torch.cuda.is_available(), launch.local_rank, config.ddp_timeout)
     decision: list[dict[str, Any]] = [_decide(config, launch) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
         leave(int(decision[0]["code"]))
-    _obey(rundir.RunDir(decision[0]["run"]), launch.rank, config.hub_token)
+    _obey(rundir.RunDir(decision[0]["run"]), launch.rank, config.hub_token, use)
 
 
 def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def plan_for(config: TrainConfig, world_size: int, launcher: str) -> Plan:
     return plan
 
 
-def _obey(run: rundir.RunDir, rank: int, hub_token: str | None) -> NoReturn:
+def _obey(run: rundir.RunDir, rank: int, hub_token: str | None, use: CardUse) -> NoReturn:
     from parallel_tune.worker import run_to_its_end
 
     def tell(outcome: rundir.Outcome) -> None:
@@ -106,4 +108,4 @@ def _obey(run: rundir.RunDir, rank: int, hub_token: str | None) -> NoReturn:
                 click.echo(f"parallel-tune: {error}", err=True)
                 leave(error.exit_code)
 
-    run_to_its_end(run, rank, None, tell)
+    run_to_its_end(run, rank, None, tell, use)

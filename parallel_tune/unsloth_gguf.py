@@ -80,4 +80,4 @@ def _call(merged: Path, kinds: list[str]) -> list[Path]:
     model: Any = patch_saving_functions(AutoModelForCausalLM.from_pretrained(merged, dtype="auto"))
     tokenizer = AutoTokenizer.from_pretrained(merged)
     done = model.save_pretrained_gguf(str(merged.parent / "exported"), tokenizer, quantization_method=kinds)
-    return [Path(file) for file in done["gguf_files"]]
+    return [Path(file).absolute() for file in done["gguf_files"]]  # the working directory is about to change

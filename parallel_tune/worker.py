@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.launch import pid_file
 from parallel_tune.process import WATCHER, die_with_parent, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
@@ -40,7 +41,11 @@ def _end_early(number: int, _frame: Any) -> NoReturn:
 
 
 def run_to_its_end(
-    run: RunDir, rank: int, checkpoint: Path | None, at_end: Callable[[Outcome], None] = lambda _: None
+    run: RunDir,
+    rank: int,
+    checkpoint: Path | None,
+    at_end: Callable[[Outcome], None] = lambda _: None,
+    use: CardUse | None = None,
 ) -> NoReturn:
     """Train, write this rank's outcome and end the process with its code.
 
@@ -49,7 +54,7 @@ def run_to_its_end(
     """
     held: list[Any] = []
     try:
-        held.append(train(run, checkpoint))
+        held.append(train(run, checkpoint, use))
         outcome = Outcome(0)
     except ParallelTuneError as error:
         held.append(error)
@@ -81,8 +86,11 @@ def _hint(error: BaseException) -> str:
     return "The log of the rank has the whole story; --debug shows the traceback here."
 
 
-def train(run: RunDir, checkpoint: Path | None) -> Any:
+def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> Any:
     """One rank's whole training. Returns what must not be freed while the process lives.
+
+    Args:
+        use: the cards as they were before this process touched one; None if it has not yet.
 
     Raises:
         Stopped: a signal ended it; a checkpoint is on disk.
@@ -93,11 +101,11 @@ def train(run: RunDir, checkpoint: Path | None) -> Any:
     config, plan = run.read()
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    from parallel_tune.device_use import CardUse, look_before
     from parallel_tune.engines import open_engine
     from strategies.registry import load_registry
 
-    use = look_before(os.environ) if plan.devices[0].kind == "cuda" else CardUse()
+    if use is None:
+        use = look_before(os.environ) if plan.devices[0].kind == "cuda" else CardUse()
     # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
     session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     engine = open_engine(plan.engine)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from parallel_tune.memory import ClosedFormEstimator, MachineConstants, TrainingSettings, load_model_facts
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapter_parameters, part_parameters, whole
+from parallel_tune.memory.settings import CPU_DEFAULTS
 from parallel_tune.memory.states import state_bytes
 from parallel_tune.memory.unsloth_tape import OFFLOADED_HIDDEN
 from strategies.contracts import Arrangement, Checkpointing, Device, MemoryEstimate, Part
@@ -90,6 +91,12 @@ def test_offloaded_checkpoints_leave_the_card() -> None:
     stored = 32 * hidden
     offloaded = estimate(checkpointing="unsloth").activations_bytes - OFFLOADED_HIDDEN * hidden
     assert estimate().activations_bytes - offloaded == stored
+
+
+def test_on_a_cpu_offloaded_checkpoints_take_the_same_memory() -> None:
+    offloaded, kept = (estimate(checkpointing=mode, engine="unsloth", device=CPU) for mode in ("unsloth", "full"))
+    assert offloaded == kept
+    assert offloaded.context_bytes == CPU_DEFAULTS.context_bytes
 
 
 def test_unsloths_kernels_keep_less_than_plain_autograd() -> None:

@@ -47,11 +47,22 @@ class ClosedFormEstimator:
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak on the device that holds `part`: the largest of the phases."""
-        peak = max(self.phases(part, arrangement), key=lambda phase: phase.allocated_bytes)
-        return self.on_device(peak, part, arrangement, device)
+        if device.kind == "cpu" and arrangement.gradient_checkpointing == "unsloth":
+            # Checkpoints in host memory are the device's own there, and no stream copies them.
+            arrangement = replace(arrangement, gradient_checkpointing="full")
+        phases = self.phases(part, arrangement)
+        peak = max(phases, key=lambda phase: phase.allocated_bytes)
+        loss_bytes = max((phase.allocated_bytes for phase in phases if phase.phase == "cross_entropy"), default=0)
+        return self.on_device(peak, part, arrangement, device, peak.allocated_bytes - loss_bytes)
 
-    def on_device(self, peak: MemoryEstimate, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
-        """Live tensors at the peak, with what the machine adds to them."""
+    def on_device(
+        self, peak: MemoryEstimate, part: Part, arrangement: Arrangement, device: Device, above_loss_bytes: int
+    ) -> MemoryEstimate:
+        """Live tensors at the peak, with what the machine adds to them.
+
+        Args:
+            above_loss_bytes: by how much the peak's live tensors exceed those of the loss.
+        """
         built_in = CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS
         constants = self.constants or self.measured.get(device.name, built_in)
         streams = CAPTURED_STREAMS if arrangement.captured else 1
@@ -64,7 +75,7 @@ class ClosedFormEstimator:
             peak,
             context_bytes=context + scratch,
             reserve_bytes=max(
-                reserve_bytes(peak, self.facts, self.settings, constants, part, arrangement),
+                reserve_bytes(peak, above_loss_bytes, self.facts, self.settings, constants, part, arrangement),
                 self._captured_reserve_bytes(peak, part, arrangement),
             ),
         )

@@ -36,13 +36,18 @@ gradients then lie among the freed logits."""
 
 def reserve_bytes(
     peak: MemoryEstimate,
+    above_loss_bytes: int,
     facts: ModelFacts,
     settings: TrainingSettings,
     constants: MachineConstants,
     part: Part,
     arrangement: Arrangement,
 ) -> int:
-    """Bytes that the allocator holds beyond `peak` on the device of `part`; recordings aside."""
+    """Bytes that the allocator holds beyond `peak` on the device of `part`; recordings aside.
+
+    Args:
+        above_loss_bytes: by how much the peak's live tensors exceed those of the loss.
+    """
     reserve = max(int(peak.allocated_bytes * constants.reserve_fraction), constants.segment_bytes)
     if not part.head or not constants.reserve_fraction:  # a CPU has no such allocator
         return reserve
@@ -56,7 +61,8 @@ def reserve_bytes(
     recomputed = arrangement.gradient_checkpointing != "none"
     if settings.method == "full":
         copies = FULL_RECOMPUTED_LOGITS if recomputed else 1.0
-        return max(reserve, int(copies * logits) if peak.phase == "cross_entropy" else 0)
+        # A higher peak in another phase fills the hole first: what was held at the loss stays held.
+        return max(reserve, int(copies * logits) - above_loss_bytes)
     products = RECOMPUTED if recomputed else KEPT_4BIT if settings.load_in_4bit else KEPT
     widths = products.inner * facts.intermediate_size + products.hidden * facts.hidden_size
     return max(constants.segment_bytes, logits + int(tokens * widths) * settings.compute_bytes)

@@ -150,7 +150,10 @@ class TracedEstimator:
 
     def memory(self, part: Part, arrangement: Arrangement, device: Device) -> MemoryEstimate:
         """Bytes at the peak on the device that holds `part`."""
-        return self.closed.on_device(self.peak(part, arrangement), part, arrangement, device)
+        settings = as_traced(self.closed.settings, arrangement.micro_batch)
+        phases = self.process.trace(settings, part, arrangement)["phases"]
+        above_loss = max(phases.values()) - phases.get("cross_entropy", 0)
+        return self.closed.on_device(self.peak(part, arrangement), part, arrangement, device, above_loss)
 
     def peak(self, part: Part, arrangement: Arrangement) -> MemoryEstimate:
         """Live tensors at the traced peak, by what they are."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from parallel_tune import device_use
+from parallel_tune import device_use, joined
 from parallel_tune.config import make_config
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.hardware import parse_hardware
@@ -17,6 +18,7 @@ from parallel_tune.nvml import Probe
 from parallel_tune.planning import make_plan
 from parallel_tune.report import measure_devices
 from strategies.contracts import Plan
+from strategies.errors import ConfigError
 from strategies.registry import load_registry
 
 GIB = 1 << 30
@@ -78,6 +80,43 @@ def test_cards_are_read_before_a_process_touches_them(monkeypatch: pytest.Monkey
     )
     assert look_before({}, FakeNvml(3 * GIB, {})).before == {UUID: 3 * GIB}
     assert look_before({}, FakeNvml(None, {})).before == {}  # an old driver
+
+
+def test_cards_that_nothing_is_planned_for_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> Probe:
+        raise ConfigError("CUDA_VISIBLE_DEVICES names a MIG instance")
+
+    monkeypatch.setattr(device_use, "probe_details", refuse)
+    assert look_before({}, FakeNvml(3 * GIB, {})).before == {}
+
+
+def test_a_launchers_process_reads_the_cards_before_it_joins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Joining takes a context, which would be counted as another process's."""
+    import torch.distributed as dist
+
+    from strategies import sessions
+
+    order: list[str] = []
+    seen = CardUse(None, {UUID: 3 * GIB})
+    handed: list[Any] = []
+
+    class Obeyed(Exception):
+        pass
+
+    def obey(*arguments: Any) -> None:
+        handed.extend(arguments)
+        raise Obeyed
+
+    monkeypatch.setattr(joined, "look_before", lambda _: order.append("look") or seen)
+    monkeypatch.setattr(sessions, "join_processes", lambda *_: order.append("join"))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda decision, **_: decision[0].update(run=str(tmp_path)))
+    monkeypatch.setattr(joined, "_obey", obey)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    launch: Any = SimpleNamespace(environment={}, local_rank=1, rank=1)
+    with pytest.raises(Obeyed):
+        joined.train_as_rank(make_config({}), launch)
+    assert order == ["look", "join"]
+    assert handed[-1] is seen
 
 
 @pytest.fixture

@@ -55,6 +55,19 @@ def test_other_runs_go_by_llama_cpps_converter(engine: str, gpu: bool, why: str,
     assert choose(engine, gpu, ["q4_k_m"]).quantizer == str(llama_cpp / "build" / "bin" / "llama-quantize")
 
 
+def test_a_mig_instance_hinders_only_unsloths_exporter(
+    llama_cpp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> Probe:
+        raise ConfigError("CUDA_VISIBLE_DEVICES names a MIG instance")
+
+    monkeypatch.setattr(exporting, "probe_gpus", refuse)
+    wanted = exporting.Export("gguf", str(tmp_path / "out"))
+    assert exporting.check_means(wanted, "transformers").exporter == "llama.cpp"
+    with pytest.raises(ConfigError, match="MIG"):
+        exporting.check_means(wanted, "unsloth")
+
+
 @pytest.mark.parametrize("lacks", ["package", "quantizer", "running quantizer", "conversion"])
 def test_where_unsloths_exporter_cannot_work_the_converter_does_and_the_line_says_why(
     lacks: str, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch

@@ -150,6 +150,9 @@ def test_a_worker_whose_watcher_is_gone_ends() -> None:
         ({"PYTORCH_ALLOC_CONF": ""}, "expandable_segments:True"),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, None),
+        # torch looks no further than an older name, be it empty.
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, None),
+        ({"PYTORCH_HIP_ALLOC_CONF": ""}, None),
         ({"WSL_DISTRO_NAME": "Ubuntu"}, None),
     ],
 )
@@ -158,6 +161,23 @@ def test_the_allocators_segments_grow_unless_the_user_set_it_up(environ: dict[st
     assert env.get("PYTORCH_ALLOC_CONF") == expected
     assert segments_grow(environ) == segments_grow(env) == (expected == "expandable_segments:True")
     assert "PYTORCH_ALLOC_CONF" not in launch_spec(plan("cpu:2"), RUN, {}, 8).env
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "grow"),
+    [
+        ("max_split_size_mb:128", "expandable_segments:True", False),
+        ("expandable_segments:True", "expandable_segments:False", True),
+        ("", "expandable_segments:True", False),
+    ],
+)
+def test_of_two_set_ups_torchs_own_choice_counts(older: str, newer: str, grow: bool) -> None:
+    environ = {"PYTORCH_ALLOC_CONF": newer, "PYTORCH_CUDA_ALLOC_CONF": older}
+    assert segments_grow(environ) is grow
+    # The one that torch reads is the one that it finds wrong.
+    wrong = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:1", "PYTORCH_CUDA_ALLOC_CONF": older}
+    code = "import torch; torch._C._accelerator_setAllocatorSettings('max_split_size_mb:64')"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **wrong}, check=True)
 
 
 def test_a_plan_counts_more_reserve_where_segments_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
