@@ -66,7 +66,8 @@ def make_plan(
     estimating: Estimating | None = None,
     rows: KnownRows | None = None,
 ) -> Plan:
-    """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure.
+    """The plan of a run; one that does not fit comes back with `fits` False and verified suggestions. Pure, but
+    for what the environment says of torch's allocator.
 
     Args:
         estimating: the closed form if left out.

@@ -14,7 +14,7 @@ from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapter_parameters, part_parameters, whole
 from parallel_tune.memory.settings import CPU_DEFAULTS
 from parallel_tune.memory.states import state_bytes
-from parallel_tune.memory.unsloth_tape import OFFLOADED_HIDDEN
+from parallel_tune.memory.unsloth_tape import OFFLOADED_HIDDEN, unpacked_weight_bytes
 from strategies.contracts import Arrangement, Checkpointing, Device, MemoryEstimate, Part
 from strategies.errors import ConfigError
 
@@ -97,6 +97,16 @@ def test_on_a_cpu_offloaded_checkpoints_take_the_same_memory() -> None:
     offloaded, kept = (estimate(checkpointing=mode, engine="unsloth", device=CPU) for mode in ("unsloth", "full"))
     assert offloaded == kept
     assert offloaded.context_bytes == CPU_DEFAULTS.context_bytes
+
+
+def test_unsloths_buffer_holds_the_largest_packed_weight() -> None:
+    packed = TrainingSettings(load_in_4bit=True, engine="unsloth")
+    phi = load_model_facts("microsoft/Phi-3-mini-4k-instruct")
+    mixture = load_model_facts("Qwen/Qwen3-30B-A3B")
+    assert unpacked_weight_bytes(LLAMA, packed) == 2 * 4096 * 14336
+    assert unpacked_weight_bytes(phi, packed) == 2 * 3072 * 2 * 8192  # gate and up in one
+    assert unpacked_weight_bytes(mixture, packed) == 2 * 2048 * 4096  # its experts are not packed
+    assert unpacked_weight_bytes(LLAMA, TrainingSettings(engine="unsloth")) == 0
 
 
 def test_unsloths_kernels_keep_less_than_plain_autograd() -> None:

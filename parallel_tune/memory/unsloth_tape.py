@@ -13,12 +13,13 @@ and padded, captured, recomputed, offloaded; 16 and 4 bits. So these are no test
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from parallel_tune.memory import operations as ops
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.feed_forward import mixture
 from parallel_tune.memory.operations import Scene
-from parallel_tune.memory.parameters import Linear, adapter_shapes, attention_linears
+from parallel_tune.memory.parameters import Linear, adapter_shapes, attention_linears, layer_linears
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.tape import Tape, Value
 
@@ -61,7 +62,12 @@ def unpacked_weight_bytes(facts: ModelFacts, settings: TrainingSettings) -> int:
     """A 16-bit copy of the largest packed weight: Unsloth unpacks into one buffer, which it keeps."""
     if settings.engine != "unsloth" or not settings.load_in_4bit:
         return 0
-    return facts.intermediate_size * facts.hidden_size * settings.compute_bytes
+    return _largest_linear(facts) * settings.compute_bytes
+
+
+@lru_cache(maxsize=64)
+def _largest_linear(facts: ModelFacts) -> int:
+    return max(linear.weight_parameters for layer in range(facts.num_layers) for linear in layer_linears(facts, layer))
 
 
 def _norm(tape: Tape, scene: Scene, source: Value) -> Value:
