@@ -179,15 +179,7 @@ def run_row(row: Row, model: Path, place: Place, over: threading.Event) -> dict[
         if row.engine == "unsloth":
             found["unsloth"] = ways_taken((run / "logs").glob("*.log"))
         report = json.loads((run / "report.json").read_text())
-        for name in (
-            "devices",
-            "predicted_for",
-            "captured",
-            "startup_seconds",
-            "steps",
-            "tokens_per_second",
-            "versions",
-        ):
+        for name in REPORTED:
             if name in report:
                 found["recorded" if name == "captured" else name] = report[name]
         try:
