@@ -128,12 +128,12 @@ class StageCapture:
             recordings, errors = [], []
             try:
                 a_pass = partial(pass_through, stages, alone, partial(pass_forward, first), backward)
-                for lane in range(num_lanes):
-                    with as_compiled(self._compiled, a_pass, self.report):
+                with as_compiled(self._compiled, a_pass, self.report):
+                    for lane in range(num_lanes):
                         recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
-                    gradients.begin()
-                    recordings[-1].play(alone, batch)
-                    errors.append(gradients.distance(eager))
+                        gradients.begin()
+                        recordings[-1].play(alone, batch)
+                        errors.append(gradients.distance(eager))
             except Exception as error:  # whatever a model does that cannot be recorded, it can still be run
                 _log.warning("a stage cannot be captured", exc_info=error)
                 self.give_up(f"a stage cannot be captured: {what_stopped(error)}")

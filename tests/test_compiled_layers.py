@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from lane_steps import CPU, CUTS, assert_same, batches, in_lanes, naive, tiny
 from op_tape import OperationTape
-from test_replay import Again, steps, train
+from test_replay import Again, Constant, steps, train
 from torch import Tensor, nn
 
 from parallel_tune.capture import replayed
@@ -108,6 +109,19 @@ def test_a_replica_compiles_before_it_records_and_trains_alike() -> None:
     assert replay.report.compiled and replay.report.uncompiled_reason is None
 
 
+def test_what_a_replica_records_is_the_compiled_layers() -> None:
+    data = steps(4)
+    expected = train(build(), data, None)
+    model, backend = build(), Backend()
+    parameters = list(model.parameters())
+    layers = CompiledLayers([model[0]], backend)
+    # This recorder does the work when it records, and is found out after its first recording.
+    replay = Replay(lambda: parameters, torch.device("cpu"), Constant(parameters), compiled=layers)
+    assert train(model, data, replay) == pytest.approx(expected, rel=1e-6)
+    assert replay.report.reason is not None
+    assert (backend.graphs, backend.runs) == (1, 2)
+
+
 def test_what_cannot_be_compiled_is_recorded_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     data = steps(4)
     expected = train(build(), data, None)
@@ -123,19 +137,49 @@ def test_what_cannot_be_compiled_is_recorded_as_it_is(caplog: pytest.LogCaptureF
     assert "layers were not compiled, since torch.compile failed" in replayed(vars(report))
 
 
-def test_captured_stages_of_compiled_layers_have_the_naive_gradients() -> None:
+class Watching(OperationTape):
+    """Notes whether a layer is the compiled one while its work is recorded."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.compiled: list[bool] = []
+
+    def begin(self, lane: int, stage: int) -> None:
+        self.compiled.append(self.layer._compiled_call_impl is not None)
+        super().begin(lane, stage)
+
+
+class Counting(CompiledLayers):
+    """Counts how often the layers are put in place."""
+
+    times = 0
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        self.times += 1
+        with super().used():
+            yield
+
+
+def test_stages_are_recorded_of_compiled_layers_which_one_pass_compiles_for_all_lanes() -> None:
+    """The tape records by a dispatch mode, under which torch leaves compiled code alone; so this shows that the layers
+    are in place, and that everything around them gives the naive gradients, not that compiled code was recorded."""
     model, backend = tiny("lora"), Backend()
     use_row_attention(model)
     stages = split(model, CUTS[2], [CPU] * 2)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = CompiledLayers(stages.anatomy.layers, backend)
-    captured = StageCapture(stages, lambda: trained, OperationTape(), layers)
+    layers, tape = Counting(stages.anatomy.layers, backend), Watching(stages.anatomy.layers[0])
+    captured = StageCapture(stages, lambda: trained, tape, layers)
     inputs = batches(4)
     expected = naive(model, inputs)
     with Lanes(stages, 2, captured=captured) as lanes:
         for _ in range(2):
             assert_same(expected, in_lanes(lanes, model, inputs))
-    assert backend.graphs > 0
+    assert backend.graphs == len(stages.anatomy.layers)
+    assert tape.compiled and all(tape.compiled)
+    assert stages.anatomy.layers[0]._compiled_call_impl is None
+    assert layers.times == 2 * len(captured.report.sizes) > 0
     assert (captured.report.reason, captured.report.uncompiled_reason) == (None, None)
     assert captured.report.replayed_elements > 0
 
