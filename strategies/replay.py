@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -185,7 +185,21 @@ class Replay:
         if first is None:
             self._first[signature] = {name: value.clone() for name, value in batch.items()}
             return _eager(index, batch, forward, backward)
-        return self._recorded(index, first, batch, size, forward, backward)
+        with self._room():
+            return self._recorded(index, first, batch, size, forward, backward)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Room for a recording, whose time is taken.
+
+        Recordings have memory of their own. Copies of gradients in blocks that an eager pass has left would keep these
+        from being given back when recording begins, and both would be held at once: hence the room before and after.
+        """
+        started = time.monotonic()
+        self._recorder.make_room()
+        yield
+        self._recorder.make_room()
+        self.report.capture_seconds += time.monotonic() - started
 
     def _recorded(
         self,
@@ -196,27 +210,7 @@ class Replay:
         forward: Forward,
         backward: Backward,
     ) -> Tensor:
-        """Run `batch` eagerly, record on `first`, and keep the recording if it gives the gradients just seen.
-
-        Recordings have memory of their own. Copies of gradients in blocks that an eager pass has left would keep these
-        from being given back when recording begins, and both would be held at once: hence the room before and after.
-        """
-        started = time.monotonic()
-        self._recorder.make_room()
-        loss = self._checked(index, first, batch, size, forward, backward)
-        self._recorder.make_room()
-        self.report.capture_seconds += time.monotonic() - started
-        return loss
-
-    def _checked(
-        self,
-        index: int,
-        first: dict[str, Tensor],
-        batch: Mapping[str, Tensor],
-        size: int,
-        forward: Forward,
-        backward: Backward,
-    ) -> Tensor:
+        """Run `batch` eagerly, record on `first`, and keep the recording if it gives the gradients just seen."""
         assert self._gradients is not None
         before, after = self._gradients.copy(), self._gradients.copy()
         loss = _eager(index, batch, forward, backward)

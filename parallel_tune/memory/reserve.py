@@ -52,8 +52,7 @@ def reserve_bytes(
     if not part.head or not constants.reserve_fraction:  # a CPU has no such allocator
         return reserve
     fused = settings.cross_entropy == "fused"
-    tokens = arrangement.micro_batch * settings.sequence_length
-    logits = tokens * facts.vocab_size * settings.compute_bytes
+    logits = _logits_bytes(facts, settings, arrangement)
     if not settings.segments_grow:
         return reserve if fused else max(reserve, _fixed_segments_bytes(logits, constants, arrangement))
     if fused:
@@ -65,7 +64,13 @@ def reserve_bytes(
         return max(reserve, int(copies * logits) - above_loss_bytes)
     products = RECOMPUTED if recomputed else KEPT_4BIT if settings.load_in_4bit else KEPT
     widths = products.inner * facts.intermediate_size + products.hidden * facts.hidden_size
+    tokens = arrangement.micro_batch * settings.sequence_length
     return max(constants.segment_bytes, logits + int(tokens * widths) * settings.compute_bytes)
+
+
+def _logits_bytes(facts: ModelFacts, settings: TrainingSettings, arrangement: Arrangement) -> int:
+    """One copy of a micro-batch's logits, as the head gives them."""
+    return arrangement.micro_batch * settings.sequence_length * facts.vocab_size * settings.compute_bytes
 
 
 def _fixed_segments_bytes(logits: int, constants: MachineConstants, arrangement: Arrangement) -> int:
@@ -88,5 +93,4 @@ def recordings_reserve_bytes(
         return min(a_pass, CAPTURED_RESERVE_BYTES)
     if settings.engine == "unsloth":
         return 0  # its loss works in place
-    logits = arrangement.micro_batch * settings.sequence_length * facts.vocab_size * settings.compute_bytes
-    return min(a_pass, logits + CAPTURED_LOSS_RESERVE_BYTES)
+    return min(a_pass, _logits_bytes(facts, settings, arrangement) + CAPTURED_LOSS_RESERVE_BYTES)

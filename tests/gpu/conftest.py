@@ -75,6 +75,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.config.pluginmanager.register(Notes(done))
 
 
+@pytest.fixture(scope="session")
+def checkout() -> dict[str, str]:
+    """The environment of a program that imports this checkout before what else is on its path."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run that has ended well."""

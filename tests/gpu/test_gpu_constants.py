@@ -77,12 +77,11 @@ print(before, torch.cuda.memory_allocated())
 
 
 @pytest.mark.gpu
-def test_after_workspaces_are_settled_training_takes_no_more_of_them() -> None:
+def test_after_workspaces_are_settled_training_takes_no_more_of_them(checkout: dict[str, str]) -> None:
     if not read_nvml():
         pytest.skip("no GPU")
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-c", SETTLED], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-c", SETTLED], env=checkout,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     settled, later = map(int, done.stdout.split())

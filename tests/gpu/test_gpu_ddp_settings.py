@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +51,15 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_nccl_has_the_timeout_and_sums_what_it_is_given(processes: int, tmp_path: Path) -> None:
+def test_nccl_has_the_timeout_and_sums_what_it_is_given(
+    processes: int, checkout: dict[str, str], tmp_path: Path
+) -> None:
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
     program, result = tmp_path / "program.py", tmp_path / "result.json"
     program.write_text(PROGRAM)
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
         [sys.executable, *torchrun_arguments(processes), str(program), str(result)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=True, timeout=240,
+        env=checkout, check=True, timeout=240,
     )  # fmt: skip
     assert json.loads(result.read_text()) == {"cpu": 77, "cuda": 77, "gradient": [[1.0, 0.5]]}

@@ -111,7 +111,7 @@ worker.main([sys.argv[1]])
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
-    engine: str, shape: Callable[[str], Path], tune: Any, tmp_path: Path
+    engine: str, shape: Callable[[str], Path], tune: Any, checkout: dict[str, str], tmp_path: Path
 ) -> None:
     """What one card can show of the above: everything after that uses the card of its choice, the current one."""
     run, states = tmp_path / "run", tmp_path / "states.json"
@@ -120,10 +120,9 @@ def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
     shutil.rmtree(run / "adapter")  # the worker that follows makes it anew
     program = tmp_path / "program.py"
     program.write_text(WATCHED)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, program, run, states],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}, check=False,
+        env=checkout | {"HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (run / "logs" / "rank-0.log").read_text()[-3000:]
     found = json.loads(states.read_text())
