@@ -24,6 +24,9 @@ ALWAYS_FREE_BYTES = 10 << 30
 """Unsloth sizes the chunks of its loss by the card's free memory where that is below 8 GiB, and goes without a second
 buffer where it is low: a row beside others must not go another way than alone."""
 
+POLL_SECONDS = 0.5
+"""How long to wait at a time: an interrupt that comes just before a wait does not end it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -111,7 +114,7 @@ def run_side_by_side(
                     waiting.remove(task)
                     slot = min(set(range(jobs)) - {taken for _, taken in running.values()})
                     running[pool.submit(run, task.row, slot, over)] = (task, slot)
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                ended, _ = wait(running, POLL_SECONDS, return_when=FIRST_COMPLETED)
                 # What was measured is kept before another row's failure ends everything.
                 for future in sorted(ended, key=lambda future: future.exception() is not None):
                     task, _ = running.pop(future)
