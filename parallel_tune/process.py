@@ -1,12 +1,14 @@
-"""Small facts of life of a process: dying with its parent, writing to a log, leaving at once."""
+"""Small facts of life of a process: imports, dying with its parent, writing to a log, leaving at once."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +29,21 @@ def die_with_parent(watcher_pid: int | None = None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if watcher_pid is not None and watcher_pid not in (os.getppid(), _parent_of(os.getppid())):
             leave(1)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import libraries without garbage collections, and let later ones pass over what the libraries made.
+
+    torch, transformers, trl and peft make more than a million objects that live as long as the process. Going through
+    them again and again was a fifth of the time of their import (examples/benchmarks/imports.py).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parent_of(pid: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.launch import pid_file
-from parallel_tune.process import WATCHER, die_with_parent, leave, redirect_output
+from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from parallel_tune.startup import Startup
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
@@ -106,24 +106,25 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
 
     if use is None:
         use = look_before(os.environ) if plan.devices[0].kind == "cuda" else CardUse()
-    # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
-    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
-    engine = open_engine(plan.engine)
-    engine.prepare()  # before transformers, trl and peft are imported
+    with importing():
+        # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
+        session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
+        engine = open_engine(plan.engine)
+        engine.prepare()  # before transformers, trl and peft are imported
 
-    import torch
+        import torch
 
-    from parallel_tune import report
-    from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
-    from parallel_tune.data.prepare import prepare_data
-    from parallel_tune.data_part import describe_data
-    from parallel_tune.gathering import choose_gathering
-    from parallel_tune.log_edges import LogAtEdges
-    from parallel_tune.prediction import trained_rows
-    from parallel_tune.sampler import GlobalBatches
-    from parallel_tune.stopping import StopEarly, check_reached
-    from parallel_tune.tracing import predict_for_rows
-    from parallel_tune.training import build_trainer
+        from parallel_tune import report
+        from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
+        from parallel_tune.data.prepare import prepare_data
+        from parallel_tune.data_part import describe_data
+        from parallel_tune.gathering import choose_gathering
+        from parallel_tune.log_edges import LogAtEdges
+        from parallel_tune.prediction import trained_rows
+        from parallel_tune.sampler import GlobalBatches
+        from parallel_tune.stopping import StopEarly, check_reached
+        from parallel_tune.tracing import predict_for_rows
+        from parallel_tune.training import build_trainer
 
     stop = StopAtSignal(session)
     stop.listen()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -36,6 +37,13 @@ def pytest_configure() -> None:
     """Signals mean here what they mean in a terminal, also where nohup or a shell's background started the tests."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage pass over what the imports made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

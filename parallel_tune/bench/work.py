@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.process import importing
 from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError
 
@@ -84,7 +85,8 @@ def steps_of(config: TrainConfig, steps: int) -> tuple[list[list[int]], list[str
     from parallel_tune.engines.transformers import load_tokenizer
     from parallel_tune.sampler import GlobalBatches
 
-    tokenizer = load_tokenizer(config)
+    with importing():
+        tokenizer = load_tokenizer(config)
     rows, _, _ = prepare_data(config, tokenizer)
     assert config.global_batch_size is not None
     batches = GlobalBatches(tuple(rows.lengths), (), config.global_batch_size, config.seed)

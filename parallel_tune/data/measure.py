@@ -15,6 +15,7 @@ from parallel_tune.config import make_config
 from parallel_tune.data.prepare import prepare_data
 from parallel_tune.engines.transformers import load_tokenizer
 from parallel_tune.outcome import write_atomically
+from parallel_tune.process import importing
 from strategies.errors import ConfigError
 
 
@@ -22,7 +23,9 @@ def main() -> None:
     """Write the lengths, or what is wrong, as JSON."""
     config = make_config(yaml.safe_load(sys.stdin))
     try:
-        rows, held_out, _ = prepare_data(config, load_tokenizer(config))
+        with importing():
+            tokenizer = load_tokenizer(config)
+        rows, held_out, _ = prepare_data(config, tokenizer)
         said: dict[str, object] = {"lengths": rows.lengths}
         said["longest_held_out"] = max(held_out.lengths) if held_out is not None else 0
     except ConfigError as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 from parallel_tune.memory.facts import ModelFacts, facts_from_config
 from parallel_tune.memory.settings import TrainingSettings
-from parallel_tune.process import die_with_parent, leave
+from parallel_tune.process import die_with_parent, importing, leave
 from strategies.contracts import Arrangement, Part
 from strategies.errors import ConfigError, ParallelTuneError
 
@@ -50,7 +50,8 @@ class Worker:
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """The phases of a step, and what it keeps."""
-        from parallel_tune.memory.trace import Tracer
+        with importing():
+            from parallel_tune.memory.trace import Tracer
 
         values = {**question["settings"], "lora_targets": tuple(question["settings"]["lora_targets"])}
         settings = TrainingSettings(**values)

@@ -79,6 +79,12 @@ def test_cpu_processes_share_the_cores() -> None:
     assert launch_spec(plan("cpu:2"), RUN, {"OMP_NUM_THREADS": "1"}, 9).env["OMP_NUM_THREADS"] == "1"
 
 
+def test_threads_of_a_cpu_run_sleep_while_they_wait() -> None:
+    assert launch_spec(plan("cpu:1"), RUN, {}, 2).env["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert launch_spec(plan("cpu:1"), RUN, {"OMP_WAIT_POLICY": "ACTIVE"}, 2).env["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "OMP_WAIT_POLICY" not in launch_spec(plan("1xH100-80GB"), RUN, {}, 2).env
+
+
 def test_an_outcome_is_read_back_and_a_torn_one_is_none(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.logs.mkdir()

@@ -1,0 +1,46 @@
+"""Imports go without garbage collections, which pass over what was made meanwhile ever after."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from parallel_tune.process import importing
+
+
+@pytest.fixture
+def collections() -> Iterator[list[str]]:
+    """The collections that have begun."""
+    begun: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            begun.append(phase)
+
+    gc.callbacks.append(note)
+    yield begun
+    gc.callbacks.remove(note)
+    gc.unfreeze()
+
+
+def many_objects() -> list[list[int]]:
+    return [[number] for number in range(10 * gc.get_threshold()[0])]
+
+
+def test_no_collection_runs_among_imports_and_later_ones_pass_over_what_they_made(collections: list[str]) -> None:
+    assert many_objects() and collections
+    collections.clear()
+    with importing():
+        kept = many_objects()
+        assert not collections
+    assert gc.isenabled() and gc.get_freeze_count() >= len(kept)
+    assert many_objects() and collections
+
+
+def test_a_failed_import_leaves_collections_on(collections: list[str]) -> None:
+    with pytest.raises(ImportError), importing():
+        raise ImportError("no such library")
+    assert gc.isenabled()
+    assert many_objects() and collections
