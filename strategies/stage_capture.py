@@ -127,8 +127,8 @@ class StageCapture:
             eager = gradients.copy()
             recordings, errors = [], []
             try:
-                a_pass = partial(pass_through, stages, alone, partial(pass_forward, first), backward)
-                with as_compiled(self._compiled, a_pass, self.report):
+                a_pass = partial(pass_through, stages, alone, partial(pass_forward, batch), backward)
+                with as_compiled(self._compiled, a_pass, gradients, eager, self.report):
                     for lane in range(num_lanes):
                         recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
                         gradients.begin()
