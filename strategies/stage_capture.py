@@ -139,6 +139,7 @@ class StageCapture:
                 self.give_up(f"a stage cannot be captured: {what_stopped(error)}")
             else:
                 self._judge(first, recordings, errors)
+        alone.go(0, backward=False)  # a stage that failed has left its device the current one
         gradients.begin()
         gradients.restore(kept)
         self.report.capture_seconds += time.monotonic() - started
