@@ -154,7 +154,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
         steps = [step(stages, lanes, inputs) for _ in range(repeat)]
         times = {name: sorted(each[name] for each, _ in steps)[len(steps) // 2] for name in steps[0][0]}
-        row: dict[str, Any] = {**times, "reason": lanes.reason}
+        row: dict[str, Any] = {**times, "all_seconds": [each["seconds"] for each, _ in steps], "reason": lanes.reason}
         row["reserved_bytes"] = [torch.cuda.max_memory_reserved(device) for device in lane_gpus(stages)]
         if captured is not None:
             row["captured"] = vars(captured.report).copy()

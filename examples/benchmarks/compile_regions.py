@@ -108,6 +108,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append((time.perf_counter() - start, issued))
     found = {
         "milliseconds": 1e3 * statistics.median(whole for whole, _ in seconds[4:]),
+        "milliseconds_p90": 1e3 * sorted(whole for whole, _ in seconds[4:])[int(0.9 * options.repeat)],
         "issued_milliseconds": 1e3 * statistics.median(issued for _, issued in seconds[4:]),
         "warm_up_seconds": sum(whole for whole, _ in seconds[:4]),
         "losses": losses,

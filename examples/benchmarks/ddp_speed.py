@@ -255,7 +255,13 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
         "share_of_captured_limit_full_rows": ratio(median(f"{engine}-full"), median(f"limit-{engine}-full")),
         "weak_scaling": None,
     }
+
+    def spread(prefix: str) -> float | None:
+        values = [row["tokens_per_second"] for row in rows if row["what"].startswith(prefix) and "failed" not in row]
+        return (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else None
+
     for who, kind in product([*engines, "reference"], kinds):
+        result[f"spread_{who}_{kind}"] = spread(f"{who}-{kind}")
         for name in ("tokens_per_second", "model_flops_utilisation", "host_seconds"):
             result[f"{name}_{who}_{kind}"] = median(f"{who}-{kind}", name)
     for each, kind in product(engines, kinds):
