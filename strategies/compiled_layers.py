@@ -70,6 +70,9 @@ def many_variants() -> AbstractContextManager[Any]:
     from torch._dynamo import config
 
     patched: AbstractContextManager[Any] = config.patch(
-        recompile_limit=MOST_VARIANTS, accumulated_recompile_limit=MOST_VARIANTS, fail_on_recompile_limit_hit=True
+        recompile_limit=MOST_VARIANTS,
+        accumulated_recompile_limit=MOST_VARIANTS,
+        fail_on_recompile_limit_hit=True,
+        suppress_errors=False,  # which Unsloth sets where it is imported; torch refuses both at once
     )
     return patched
