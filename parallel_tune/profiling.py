@@ -124,7 +124,9 @@ class ProfileSteps(TrainerCallback):  # type: ignore[misc]
 
     def _synchronize(self) -> None:
         if self._session.device.type == "cuda":
-            torch.cuda.synchronize(self._session.device)
+            schedule = self._session.schedule
+            for device in schedule.devices if schedule is not None else [self._session.device]:
+                torch.cuda.synchronize(device)
 
     def _finish(self) -> None:
         profiler, self._profiler = self._profiler, None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
 _log = logging.getLogger(__name__)
+
+MOST_VARIANTS = 256
+"""How many forms of a layer's code are compiled: one for each size, device and stage, and one more where nothing before
+the layer trains. Of torch's own 8 a few sizes would leave none, and the layers that come after would stay as they are
+with no more than a warning."""
 
 
 class CompiledLayers:
@@ -46,10 +51,28 @@ class CompiledLayers:
             self._calls = [layer._compiled_call_impl for layer in self._layers]
         self._set(self._calls)
         try:
-            yield
+            with many_variants():
+                yield
         finally:
             self._set([None] * len(self._layers))
 
     def _set(self, calls: Sequence[Any]) -> None:
         for layer, call in zip(self._layers, calls, strict=True):
             layer._compiled_call_impl = call
+
+
+def many_variants() -> AbstractContextManager[Any]:
+    """Within it torch.compile compiles up to `MOST_VARIANTS` forms of a function, and says it when there are more.
+
+    Raises:
+        Exception: within it, torch's own, where more are wanted.
+    """
+    from torch._dynamo import config
+
+    patched: AbstractContextManager[Any] = config.patch(
+        recompile_limit=MOST_VARIANTS,
+        accumulated_recompile_limit=MOST_VARIANTS,
+        fail_on_recompile_limit_hit=True,
+        suppress_errors=False,  # which Unsloth sets where it is imported; torch refuses both at once
+    )
+    return patched

@@ -164,7 +164,7 @@ def _worth_dropping(candidates: Sequence[Candidate], hardware: Hardware) -> bool
 
 def _sets(workload: Workload, hardware: Hardware) -> list[tuple[Device, ...]]:
     if workload.stages is not None:
-        return [staged(hardware.devices, workload)]
+        return [staged(device_sets(workload, hardware)[0], workload)]
     # Every stage holds a layer at least.
     return [s for s in device_sets(workload, hardware) if len(s) <= workload.num_layers]
 

@@ -127,8 +127,8 @@ class StageCapture:
             eager = gradients.copy()
             recordings, errors = [], []
             try:
-                a_pass = partial(pass_through, stages, alone, partial(pass_forward, first), backward)
-                with as_compiled(self._compiled, a_pass, self.report):
+                a_pass = partial(pass_through, stages, alone, partial(pass_forward, batch), backward)
+                with as_compiled(self._compiled, a_pass, gradients, eager, self.report):
                     for lane in range(num_lanes):
                         recordings.append(record(stages, self._recorder, lane, _cloned(first), pass_forward, backward))
                         gradients.begin()
@@ -139,6 +139,7 @@ class StageCapture:
                 self.give_up(f"a stage cannot be captured: {what_stopped(error)}")
             else:
                 self._judge(first, recordings, errors)
+        alone.go(0, backward=False)  # a stage that failed has left its device the current one
         gradients.begin()
         gradients.restore(kept)
         self.report.capture_seconds += time.monotonic() - started

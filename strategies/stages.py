@@ -157,10 +157,14 @@ def split(model: nn.Module, cuts: Sequence[int], devices: Sequence[torch.device]
             _place(module, placed[stage], keep=borrowed if stage else set())
 
     stages = Stages(model, anatomy, tuple(cuts), roads, modules, parameters)
+    # Layers that are alike share a class: torch.compile compiles anew for each.
+    receiving: dict[tuple[type[nn.Module], int, bool], type[nn.Module]] = {}
     for index, layer in enumerate(anatomy.layers):
         if stage := _stage_of(index, cuts):
-            first = index == cuts[stage]
-            stages._swap(layer, receiving_class(layer.__class__, roads, stage, first))
+            kind = (layer.__class__, stage, index == cuts[stage])
+            if kind not in receiving:
+                receiving[kind] = receiving_class(kind[0], roads, *kind[1:])
+            stages._swap(layer, receiving[kind])
     for module, name, _ in tied:
         stages._swap(module, borrowing_class(module.__class__, roads, name, placed[-1]))
 

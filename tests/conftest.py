@@ -26,11 +26,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What runs teach is kept for later plans: neither for those of whoever tests, nor from test to test.
-# A folder named by PARALLEL_TUNE_TEST_CACHE is kept: on GPUs it spares measuring their constants anew.
-CACHE = Path(os.environ.get("PARALLEL_TUNE_TEST_CACHE") or tempfile.mkdtemp(prefix="parallel-tune-tests-"))
+# The constants of a folder named by PARALLEL_TUNE_TEST_CACHE are taken and kept: on GPUs it spares measuring them anew,
+# which cannot be done beside other tests.
+CACHE = Path(tempfile.mkdtemp(prefix="parallel-tune-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
-if "PARALLEL_TUNE_TEST_CACHE" not in os.environ:
-    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+if "PARALLEL_TUNE_TEST_CACHE" in os.environ:
+    _kept = Path(os.environ["PARALLEL_TUNE_TEST_CACHE"]).absolute() / "parallel-tune" / "constants"
+    _kept.mkdir(parents=True, exist_ok=True)
+    (CACHE / "parallel-tune").mkdir()
+    (CACHE / "parallel-tune" / "constants").symlink_to(_kept)
 
 
 def pytest_configure() -> None:

@@ -41,6 +41,8 @@ def test_figures_are_ratios_of_medians(benchmark: Any) -> None:
     assert found["engine"] == "unsloth"
     assert found["ratio_to_reference"] == 10.0
     assert found["share_of_captured_limit_full_rows"] == 0.9
+    assert found["spread_unsloth_short"] == 0.2
+    assert found["spread_transformers_short"] is None
     assert found["losses_apart_unsloth_short"] == pytest.approx(0.05)
     assert found["losses_apart_unsloth_full"] is None
     assert found["host_seconds_reference_short"] == 0.9

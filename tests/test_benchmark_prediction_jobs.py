@@ -249,6 +249,24 @@ def test_an_interrupt_ends_all_rows_and_leaves_the_file_whole(
     assert json.loads(path.read_text())["rows"] == [before]
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_row_that_cannot_be_run_is_a_row_that_failed(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
+) -> None:
+    def torn(row: Any, *_: Any) -> Any:
+        if row.engine == "unsloth":
+            raise KeyError("devices")
+        return benchmark.described(row, int(jobs), time.monotonic()) | {"failed": "x", "ran_out_of_memory": True}
+
+    monkeypatch.setattr(benchmark, "run_row", torn)
+    options = ["--work", str(tmp_path / "work"), "--results", str(tmp_path), "--only", "qwen3-4b", "--jobs", jobs]
+    record = json.loads(benchmark.main(options).read_text())
+    said = {row["name"]: row["failed"] for row in record["rows"]}
+    assert said["qwen3-4b unsloth recomputed"] == "KeyError: 'devices'"
+    assert said["qwen3-4b recomputed"] == "x"
+    assert "qwen3-4b unsloth recomputed" in record["figures"]["failed"]
+
+
 def test_no_jobs_are_refused(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--jobs", "0"])

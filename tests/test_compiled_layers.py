@@ -57,9 +57,10 @@ def build() -> nn.Sequential:
 class Backend:
     """Counts what was compiled, and runs it as it was traced; or fails."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, factor: float = 1.0) -> None:
         self.graphs = self.runs = 0
         self.error = error
+        self.factor = factor
 
     def __call__(self, graph: Any, _examples: Any) -> Callable[..., Any]:
         if self.error is not None:
@@ -68,7 +69,7 @@ class Backend:
 
         def run(*arguments: Any) -> Any:
             self.runs += 1
-            return graph.forward(*arguments)
+            return [output * self.factor for output in graph.forward(*arguments)]
 
         return run
 
@@ -135,6 +136,68 @@ def test_what_cannot_be_compiled_is_recorded_as_it_is(caplog: pytest.LogCaptureF
     assert report.uncompiled_reason is not None and "no compiler" in report.uncompiled_reason
     assert caplog.text.count("layers are not compiled") == 1
     assert "layers were not compiled, since torch.compile failed" in replayed(vars(report))
+
+
+class AsRecorded(Again):
+    """Repeats work with the layers as they were when it was recorded."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        then = self.layer._compiled_call_impl
+
+        def as_then() -> Tensor:
+            self.layer._compiled_call_impl = then
+            try:
+                return work()
+            finally:
+                self.layer._compiled_call_impl = None
+
+        return super().record(as_then)
+
+
+@pytest.mark.parametrize(("factor", "reason"), [(1.08, None), (3.0, "off those of the same step run eagerly")])
+def test_compiled_layers_may_round_otherwise_but_not_compute_otherwise(factor: float, reason: str | None) -> None:
+    """A recording is held against a compiled pass, and that one against the same pass as it is."""
+    model, backend = build(), Backend(factor=factor)
+    layers = CompiledLayers([model[0]], backend)
+    replay = Replay(lambda: list(model.parameters()), torch.device("cpu"), AsRecorded(model[0]), compiled=layers)
+    train(model, steps(4), replay)
+    report = replay.report
+    assert report.reason is None and report.recordings > 0
+    assert report.gradient_error < 1e-6 < 0.05 < report.compiled_error
+    if reason is None:
+        assert report.uncompiled_reason is None
+    else:
+        assert report.uncompiled_reason is not None and reason in report.uncompiled_reason
+
+
+def test_layers_that_are_alike_share_what_is_compiled_in_every_stage_and_size() -> None:
+    """Of twelve layers with adapters two kinds a stage: those whose input needs no gradient, or comes from elsewhere,
+    and the others. Together they are more than torch.compile takes by itself."""
+    model, backend = tiny("lora", layers=12), Backend()
+    use_row_attention(model)
+    stages = split(model, [0, 6], [CPU] * 2)
+    layers, sizes = CompiledLayers(stages.anatomy.layers, backend), (4, 5, 6)
+    for size in sizes:
+        ids = torch.full((1, size), 3)
+        with layers.used():
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert backend.graphs == 4 * len(sizes)
+    assert backend.runs == 12 * len(sizes)
+
+
+def test_more_forms_than_can_be_compiled_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.compiled_layers.MOST_VARIANTS", 1)
+    model = build()
+    replay = Replay(
+        lambda: list(model.parameters()), torch.device("cpu"), Again(), compiled=CompiledLayers([model[0]], Backend())
+    )
+    train(model, steps(4), replay)
+    assert replay.report.reason is None and len(replay.report.sizes) == 2
+    assert "limit" in str(replay.report.uncompiled_reason)
 
 
 class Watching(OperationTape):

@@ -10,8 +10,10 @@ Unsloth takes its CPU backend, and transformers the loss of its own Trainer, sin
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -39,6 +41,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--padded", action="store_true", help="Unsloth joins rows by itself if it is not said")
     parser.add_argument("--in_order", action="store_true", help="take the rows as they come in the file")
     options = parser.parse_args(arguments)
+    if sys.platform == "linux":
+        # torchrun that is killed leaves its ranks running; this one ends with it.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.global_batch is not None:
         options.accumulation, rest = divmod(options.global_batch, options.batch * processes)

@@ -5,8 +5,10 @@
     python examples/benchmarks/captured_lanes.py --devices cuda:0,cuda:1 --shape 8b
 
 Random weights, joined random rows, bf16 LoRA by transformers and peft. One way after the other, so that no way's memory
-is in another's; figures are medians. A way that fails is written down with its error, and the rest goes on.
-Writes results/captured_lanes.HARDWARE.json beside this file.
+is in another's; figures are medians. A way that fails is written down with its error, and the rest goes on; one that
+hangs ends the benchmark, and shows what each thread was doing. Writes results/captured_lanes.HARDWARE.json beside this
+file, anew after each row; with --go_on rows of the same model and schedule that are there are kept, and only the naive
+way, which the others are held against, is measured once more.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor
 from parallel_tune.data import fill_up, join
 from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.row_attention import use_row_attention
+from strategies.compiled_layers import many_variants
 from strategies.pipeline import Lanes
 from strategies.stage_capture import StageCapture
 from strategies.stage_graphs import StageGraphs
@@ -76,6 +79,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", default="512,2048,4096", help="of a micro-batch; several are measured in turn")
     parser.add_argument("--ways", default=",".join(way.name for way in WAYS))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--way_seconds", type=float, default=180.0, help="that one way may take at one size")
+    parser.add_argument("--go_on", action="store_true", help="keep the good rows of the results file")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(arguments)
 
@@ -149,7 +154,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats(device)
         steps = [step(stages, lanes, inputs) for _ in range(repeat)]
         times = {name: sorted(each[name] for each, _ in steps)[len(steps) // 2] for name in steps[0][0]}
-        row: dict[str, Any] = {**times, "reason": lanes.reason}
+        row: dict[str, Any] = {**times, "all_seconds": [each["seconds"] for each, _ in steps], "reason": lanes.reason}
         row["reserved_bytes"] = [torch.cuda.max_memory_reserved(device) for device in lane_gpus(stages)]
         if captured is not None:
             row["captured"] = vars(captured.report).copy()
@@ -206,14 +211,22 @@ def main(arguments: Sequence[str]) -> Path:
     options.results.mkdir(parents=True, exist_ok=True)
     path: Path = options.results / f"captured_lanes.{record['hardware']}.json"
     sizes = [int(tokens) for tokens in options.tokens.split(",")]
+    if options.go_on and path.exists():
+        record["rows"] = kept_rows(json.loads(path.read_text()), record)
+    there = {(row["way"], row["tokens"]) for row in record["rows"]}
     references: dict[int, Tensor] = {}
     for way in ways:
         if way.compiled:
             compile_layers(stages)
         for tokens in sizes:
+            if (way.name, tokens) in there:
+                continue
+            print(f"{way.name}, {tokens} tokens", file=sys.stderr, flush=True)
             inputs = micro_batches(stages, options.micro_batches, tokens, lane_benchmark.VOCABULARY[options.shape])
             count = options.lanes or len(stages)
-            row, gradients = attempt(partial(measure, stages, way, count, inputs, options.repeat))
+            variants = many_variants() if way.compiled else contextlib.nullcontext()
+            with lane_benchmark.bounded(options.way_seconds), variants:
+                row, gradients = attempt(partial(measure, stages, way, count, inputs, options.repeat))
             if gradients:
                 reference = references.setdefault(tokens, gradients[0])
                 row["gradient_error"] = distance(gradients[-1], reference)  # of the naive way: its noise
@@ -223,6 +236,13 @@ def main(arguments: Sequence[str]) -> Path:
             record["figures"] = figures(record["rows"])
             path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def kept_rows(before: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier file that hold for this one."""
+    if any(before.get(name) != record[name] for name in ("shape", "cuts", "micro_batches", "versions")):
+        return []
+    return [row for row in before["rows"] if "error" not in row and row["way"] != WAYS[0].name]
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

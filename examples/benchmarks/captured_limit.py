@@ -2,15 +2,17 @@
 
     python examples/benchmarks/captured_limit.py RUN RESULT [REPEAT]
 
-Of a run that was not captured it takes the plan with which it would have been, and rows as long as its longest. Writes
-the seconds of each replay and its tokens as JSON.
+Of a run that was not captured it takes the plan with which it would have been, and rows as long as its longest; of
+several replicas it takes one. Writes the seconds of each replay and its tokens as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,16 @@ def captured_plan(run: Any, report: dict[str, Any]) -> tuple[Any, Any, int]:
 def main(run_path: Path, result: Path, repeat: int) -> None:
     """Load the run's model as its worker did, capture its largest size, and replay."""
     from parallel_tune.engines import open_engine
+    from parallel_tune.launch import process_environment
     from parallel_tune.rundir import RunDir
+    from strategies.registry import load_registry
 
     run = RunDir(run_path)
     config, plan, size = captured_plan(run, json.loads(run.report.read_text()))
+    processes, plan = plan.processes, replace(plan, processes=1, devices=plan.devices[:1])
+    # As its worker had it: one card, and the allocator's own set-up.
+    os.environ.update(process_environment(plan.devices, 1, os.environ, os.cpu_count() or 1))
+    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     engine = open_engine(plan.engine)
     engine.prepare()
 
@@ -46,9 +54,7 @@ def main(run_path: Path, result: Path, repeat: int) -> None:
     from parallel_tune.data import fill_up, join
     from parallel_tune.row_arguments import model_arguments
     from parallel_tune.row_attention import use_row_attention
-    from strategies.registry import load_registry
 
-    session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
     dtype = getattr(torch, plan.dtype)
     model, tokenizer = engine.load(config, plan, session, dtype)
     model = engine.add_adapters(model, config, plan)
@@ -85,9 +91,8 @@ def main(run_path: Path, result: Path, repeat: int) -> None:
         if number >= 3:  # eager, recorded and checked, replayed once
             seconds.append(time.perf_counter() - start)
     reason = session.report()["captured"]["reason"]
-    result.write_text(
-        json.dumps({"seconds": seconds, "tokens": size, "micro_batch": plan.micro_batch, "reason": reason})
-    )
+    found = {"seconds": seconds, "tokens": size, "micro_batch": plan.micro_batch, "processes": processes}
+    result.write_text(json.dumps({**found, "reason": reason}))
 
 
 if __name__ == "__main__":

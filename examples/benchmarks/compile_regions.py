@@ -15,17 +15,17 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 from bare_sft import load_with_transformers  # noqa: E402
-from running import Record, call, hardware_name  # noqa: E402
-from shapes import make_model  # noqa: E402
+from children import end_orderly  # noqa: E402
+from running import Record, add_common, call, hardware_name, random_model, tried, work_folder  # noqa: E402
 
 ROWS = 4
 
@@ -39,10 +39,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--variants", default="eager,compiled,captured,both")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=100.0, help="that one variant may take")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_common(parser, run_seconds=150.0)
     return parser.parse_args(arguments)
 
 
@@ -109,6 +108,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append((time.perf_counter() - start, issued))
     found = {
         "milliseconds": 1e3 * statistics.median(whole for whole, _ in seconds[4:]),
+        "milliseconds_p90": 1e3 * sorted(whole for whole, _ in seconds[4:])[int(0.9 * options.repeat)],
         "issued_milliseconds": 1e3 * statistics.median(issued for _, issued in seconds[4:]),
         "warm_up_seconds": sum(whole for whole, _ in seconds[:4]),
         "losses": losses,
@@ -119,21 +119,26 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All variants; one that fails or takes too long gives a row that says so."""
-    model = options.model or str(make_model(options.shape, folder / "model"))
-    for variant in options.variants.split(","):
+def measure(
+    folder: Path, options: argparse.Namespace, has: Callable[[str], bool] = lambda _: False
+) -> Iterator[dict[str, Any]]:
+    """All variants but those that are there; one that fails or takes too long gives a row that says so."""
+    model = options.model or str(random_model(options.shape, folder / options.shape))
+
+    def run(variant: str) -> dict[str, Any]:
         result = folder / f"{variant}.json"
-        command = [
-            sys.executable, __file__, f"--model={model}", f"--variants={variant}", f"--tokens={options.tokens}",
-            f"--backend={options.backend}", f"--repeat={options.repeat}", f"--one={result}",
-        ]  # fmt: skip
-        try:
-            call(command, timeout=options.seconds)
-        except RuntimeError as error:
-            yield {"what": variant, "failed": str(error)}
-            continue
-        yield {"what": variant, "tokens": options.tokens, **json.loads(result.read_text())}
+        call(
+            [
+                sys.executable, __file__, f"--model={model}", f"--variants={variant}", f"--tokens={options.tokens}",
+                f"--backend={options.backend}", f"--repeat={options.repeat}", f"--one={result}",
+            ],
+            timeout=options.run_seconds,
+        )  # fmt: skip
+        return {"tokens": options.tokens, **json.loads(result.read_text())}
+
+    for variant in options.variants.split(","):
+        if not has(variant):
+            yield tried(variant, partial(run, variant))
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,9 +163,9 @@ def main(arguments: list[str]) -> Path | None:
     if options.small:
         options.shape, options.variants, options.backend, options.tokens = "tiny", "eager,compiled", "aot_eager", 64
         options.repeat = 3
-    record = Record("compile_regions", hardware_name(), options.results, arguments, shape=options.shape)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in measure(Path(folder), options):
+    record = Record("compile_regions", hardware_name(), options.results, arguments, options.go_on, shape=options.shape)
+    with work_folder(options.work) as folder:
+        for row in measure(folder, options, record.has):
             record.add(row, figures)
             print(json.dumps({name: row[name] for name in row if name not in ("losses", "versions")}), flush=True)
     print(json.dumps(record.content["figures"], indent=1))
@@ -168,4 +173,5 @@ def main(arguments: list[str]) -> Path | None:
 
 
 if __name__ == "__main__":
+    end_orderly()
     main(sys.argv[1:])

@@ -8,7 +8,8 @@ The reference is reference_unsloth.py: stock Unsloth, batch 1 x accumulation 4, 
 rows in our order, with our optimizer and a learning rate that depends on no number of steps, so that the two losses can
 be compared step by step; --reference_optim adamw_8bit gives it its own optimizer. The captured limit is what replays of
 our step do with nothing around them. Kinds of runs alternate; figures are medians over the steps after the first few.
-What fails, or does not fit in --seconds, is left out and said. Writes results/ddp_speed.HARDWARE.json beside this file.
+What fails, or does not fit in --seconds, is left out and said. Writes results/ddp_speed.HARDWARE.json beside this file,
+anew after each run; with --work FOLDER --go_on the same command, once more, does what is missing.
 """
 
 from __future__ import annotations
@@ -17,20 +18,32 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
+from children import end_orderly  # noqa: E402
 from ordering import write_in_order  # noqa: E402
 from rows import make_rows  # noqa: E402
-from running import Record, apart, call, flops_utilisation, hardware_name, train, train_bare  # noqa: E402
-from shapes import make_model  # noqa: E402
+from running import (  # noqa: E402
+    Record,
+    add_common,
+    apart,
+    call,
+    flops_utilisation,
+    hardware_name,
+    random_model,
+    train,
+    train_bare,
+    tried,
+    work_folder,
+)
 
 WARM_UP = 8
 REFERENCE_WARM_UP = 4
@@ -65,7 +78,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="of reference, limit, single: what to leave out")
     parser.add_argument("--seconds", type=float, default=420.0, help="after which nothing more is begun or goes on")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_common(parser)
     options = parser.parse_args(arguments)
     options.steps = options.steps or (44 if options.gpus == 1 else 160)
     return options
@@ -90,23 +103,33 @@ class Benchmark:
         self._folder = folder
         self._options = options
         self._ends = time.monotonic() + options.seconds
-        self._model: Path = options.model or make_model(options.shape, folder / "model")
+        self._model: Path = options.model or random_model(options.shape, folder / options.shape)
 
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """All runs, in turn; one that fails gives a row that says so."""
+    def measure(self, has: Callable[[str], bool] = lambda _: False) -> Iterator[dict[str, Any]]:
+        """All runs, in turn, but those that are there; one that fails gives a row that says so."""
+        for name, run in self._runs():
+            if has(name):
+                continue
+            if self._left() <= 0:
+                yield {"what": name, "failed": f"not begun: {self._options.seconds:.0f} s were over"}
+            else:
+                yield tried(name, run)
+
+    def _runs(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         options = self._options
         skip, engines = set(options.skip.split(",")), options.engines.split(",")
         works = [self._work(kind) for kind in options.rows.split(",")]
         for turn, work in product(range(options.repeat), works):
             if "reference" not in skip:
-                yield self._tried(f"reference-{work.kind}-{turn}", self._reference, work)
+                name = f"reference-{work.kind}-{turn}"
+                yield name, partial(self._reference, name, work)
             for engine in engines:
                 name = f"{engine}-{work.kind}-{turn}"
-                yield self._tried(name, self._ours, work, engine, options.gpus)
+                yield name, partial(self._ours, name, work, engine, options.gpus)
                 if "limit" not in skip:
-                    yield self._tried(f"limit-{name}", self._limit, self._folder / name)
+                    yield f"limit-{name}", partial(self._limit, f"limit-{name}", self._folder / name)
                 if options.gpus > 1 and "single" not in skip:
-                    yield self._tried(f"single-{name}", self._ours, work, engine, 1)
+                    yield f"single-{name}", partial(self._ours, f"single-{name}", work, engine, 1)
 
     def _work(self, kind: str) -> Work:
         options = self._options
@@ -119,16 +142,8 @@ class Benchmark:
         lengths = write_in_order(self._model, rows, ordered, steps, 1, SAMPLES * options.gpus, longest)
         return Work(kind, rows, ordered, lengths, steps, longest)
 
-    def _tried(self, name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-        if self._left() <= 0:
-            return {"what": name, "failed": f"not begun: {self._options.seconds:.0f} s were over"}
-        try:
-            return run(name, *arguments)
-        except Exception as error:  # what was measured stays, and so do the runs that come after
-            return {"what": name, "failed": str(error)}
-
     def _left(self) -> float:
-        return self._ends - time.monotonic()
+        return min(self._ends - time.monotonic(), self._options.run_seconds)
 
     def _ours(self, name: str, work: Work, engine: str, processes: int) -> dict[str, Any]:
         options = self._options
@@ -145,7 +160,6 @@ class Benchmark:
         found = self._speed(seconds, [row["tokens"] for row in metrics], WARM_UP, lengths, processes)
         captured = report.get("captured") or {}
         return {
-            "what": name,
             "processes": report["world_size"],
             **found,
             "host_seconds": statistics.median(_steady([row["host_seconds"] for row in metrics], WARM_UP)),
@@ -174,7 +188,6 @@ class Benchmark:
             processes=options.gpus, folder=self._folder, timeout=self._left(),
         )  # fmt: skip
         return {
-            "what": name,
             "processes": found["processes"],
             **self._speed(found["seconds"], found["tokens"], REFERENCE_WARM_UP, work.lengths[:steps], options.gpus),
             "host_seconds": statistics.median(_steady(found["host_seconds"], REFERENCE_WARM_UP)),
@@ -187,13 +200,15 @@ class Benchmark:
         result = self._folder / f"{name}.json"
         call([sys.executable, str(HERE / "captured_limit.py"), str(run), str(result)], timeout=self._left())
         limit = json.loads(result.read_text())
+        if limit["reason"] is not None:
+            raise RuntimeError(f"nothing was replayed: {limit['reason']}")
         seconds = statistics.median(limit["seconds"])
         row_tokens = limit["tokens"] // limit["micro_batch"]
         used = flops_utilisation(self._model, [[row_tokens] * limit["micro_batch"]], seconds)
         return {
-            "what": name,
             **limit,
-            "tokens_per_second": limit["tokens"] / seconds,
+            # Of all replicas, if summing gradients took nothing.
+            "tokens_per_second": limit["processes"] * limit["tokens"] / seconds,
             "model_flops_utilisation": used,
         }
 
@@ -240,7 +255,13 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
         "share_of_captured_limit_full_rows": ratio(median(f"{engine}-full"), median(f"limit-{engine}-full")),
         "weak_scaling": None,
     }
+
+    def spread(prefix: str) -> float | None:
+        values = [row["tokens_per_second"] for row in rows if row["what"].startswith(prefix) and "failed" not in row]
+        return (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else None
+
     for who, kind in product([*engines, "reference"], kinds):
+        result[f"spread_{who}_{kind}"] = spread(f"{who}-{kind}")
         for name in ("tokens_per_second", "model_flops_utilisation", "host_seconds"):
             result[f"{name}_{who}_{kind}"] = median(f"{who}-{kind}", name)
     for each, kind in product(engines, kinds):
@@ -263,9 +284,9 @@ def main(arguments: list[str]) -> Path:
     if options.small:
         options.shape, options.engines, options.rows, options.length = "tiny", "transformers", "short", 128
         options.gpus, options.skip, hardware = 2, "reference,limit", "cpu"
-    record = Record("ddp_speed", hardware, options.results, arguments, shape=options.shape)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in Benchmark(Path(folder), options).measure():
+    record = Record("ddp_speed", hardware, options.results, arguments, options.go_on, shape=options.shape)
+    with work_folder(options.work) as folder:
+        for row in Benchmark(folder, options).measure(record.has):
             print(json.dumps({key: row[key] for key in row if key not in ("losses", "versions")}), flush=True)
             record.add(row, lambda rows: figures(rows, options))
     print(json.dumps(record.content["figures"], indent=1))
@@ -273,4 +294,5 @@ def main(arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    end_orderly()
     main(sys.argv[1:])

@@ -4,19 +4,22 @@
     python examples/benchmarks/lanes.py --devices cuda:0,cuda:1 --shape 8b  # bf16 LoRA on two GPUs, 8 x 2 x 2048 tokens
 
 Random weights, random tokens; naive and lanes alternate, figures are medians.
-Writes results/lanes.HARDWARE.json beside this file.
+Writes results/lanes.HARDWARE.json beside this file, anew after each step. A step that hangs ends the benchmark, and
+shows what each thread was doing.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
 import importlib.metadata
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--full", action="store_true", help="train all weights, not LoRA adapters of rank 16")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--step_seconds", type=float, default=120.0, help="that a step may take")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(arguments)
 
@@ -80,6 +84,16 @@ def wait(stages: Stages) -> None:
     """Wait until the GPUs, if any, are done."""
     for device in {device for device in stages.devices if device.type == "cuda"}:
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Within it, a hang ends this process and shows where each thread is."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def balanced(stages: Stages, inputs: Sequence[dict[str, Tensor]]) -> list[int]:
@@ -132,8 +146,17 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return (apart / size) ** 0.5
 
 
-def measure(stages: Stages, options: argparse.Namespace, inputs: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """Time the naive schedule and the lanes alternately; rows, the last of each with its schedule."""
+def measure(
+    stages: Stages,
+    options: argparse.Namespace,
+    inputs: Sequence[dict[str, Tensor]],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Time the naive schedule and the lanes alternately; rows, the last of each with its schedule.
+
+    Args:
+        keep: called with all rows and figures so far, whenever there is a new one.
+    """
     rows: list[dict[str, Any]] = []
     gradients: dict[str, list[dict[str, Tensor]]] = {"naive": [], "lanes": []}
     num_lanes = options.lanes or len(stages)
@@ -142,39 +165,55 @@ def measure(stages: Stages, options: argparse.Namespace, inputs: Sequence[dict[s
         "lanes": Lanes(stages, num_lanes, align_clocks=True),
     }
     for lanes in both.values():
-        step(stages, lanes, inputs)  # the probe, lazily built tables, the allocator's pools
+        with bounded(options.step_seconds):
+            step(stages, lanes, inputs)  # the probe, lazily built tables, the allocator's pools
     peaks(stages)
     for _ in range(options.repeat):
         for name, lanes in both.items():
-            seconds, found = step(stages, lanes, inputs)
+            with bounded(options.step_seconds):
+                seconds, found = step(stages, lanes, inputs)
+                timeline = lanes.timeline()
             gradients[name] = [*gradients[name][-1:], found]
-            busy = stage_seconds(lanes.timeline(), len(stages))
-            row = {"schedule": name, "seconds": seconds, "stage_busy_seconds": busy, "reason": lanes.reason}
-            rows.append({**row, "peak_bytes": peaks(stages)})
-    for name, lanes in both.items():
-        last = next(row for row in reversed(rows) if row["schedule"] == name)
-        last["timeline"] = [vars(segment) for segment in lanes.timeline()]
+            row = {"schedule": name, "seconds": seconds, "stage_busy_seconds": stage_seconds(timeline, len(stages))}
+            for earlier in rows:  # one picture of each is enough
+                if earlier["schedule"] == name:
+                    earlier.pop("timeline", None)
+            pictured = [vars(segment) for segment in timeline]
+            rows.append({**row, "reason": lanes.reason, "peak_bytes": peaks(stages), "timeline": pictured})
+            print(
+                json.dumps({key: rows[-1][key] for key in ("schedule", "seconds", "reason", "peak_bytes")}), flush=True
+            )
+            if all(gradients.values()):
+                keep({"rows": rows, "figures": figures(rows, gradients, stages, options, len(inputs))})
+    for lanes in both.values():
         lanes.close()
-    middle = {name: median([row for row in rows if row["schedule"] == name]) for name in both}
-    count, batches = len(stages), len(inputs)
+
+
+def figures(
+    rows: Sequence[dict[str, Any]],
+    gradients: dict[str, list[dict[str, Tensor]]],
+    stages: Stages,
+    options: argparse.Namespace,
+    batches: int,
+) -> dict[str, Any]:
+    """What follows from steps of both kinds."""
+    middle = {name: median([row for row in rows if row["schedule"] == name]) for name in gradients}
+    count = len(stages)
     bound = count * batches / (batches + count - 1)
     speedup = middle["naive"]["seconds"] / middle["lanes"]["seconds"]
     tokens = batches * options.rows * options.length
     return {
-        "rows": rows,
-        "figures": {
-            "speedup_over_naive": speedup,
-            "bound": bound,
-            "share_of_bound": speedup / bound,
-            "gradient_error": difference(gradients["naive"][-1], gradients["lanes"][-1]),
-            "naive_noise": difference(gradients["naive"][-1], gradients["naive"][0]),
-            # Below 0.97 the naive run itself wastes time, and the comparison does not count.
-            "naive_share_of_stage_times": sum(middle["naive"]["stage_busy_seconds"]) / middle["naive"]["seconds"],
-            "busy_share": [seconds / middle["lanes"]["seconds"] for seconds in middle["lanes"]["stage_busy_seconds"]],
-            "tokens_per_second": {name: tokens / row["seconds"] for name, row in middle.items()},
-            "peak_bytes": {name: row["peak_bytes"] for name, row in middle.items()},
-            "cuts": list(stages.cuts),
-        },
+        "speedup_over_naive": speedup,
+        "bound": bound,
+        "share_of_bound": speedup / bound,
+        "gradient_error": difference(gradients["naive"][-1], gradients["lanes"][-1]),
+        "naive_noise": difference(gradients["naive"][-1], gradients["naive"][0]),
+        # Below 0.97 the naive run itself wastes time, and the comparison does not count.
+        "naive_share_of_stage_times": sum(middle["naive"]["stage_busy_seconds"]) / middle["naive"]["seconds"],
+        "busy_share": [seconds / middle["lanes"]["seconds"] for seconds in middle["lanes"]["stage_busy_seconds"]],
+        "tokens_per_second": {name: tokens / row["seconds"] for name, row in middle.items()},
+        "peak_bytes": {name: row["peak_bytes"] for name, row in middle.items()},
+        "cuts": list(stages.cuts),
     }
 
 
@@ -203,21 +242,26 @@ def main(arguments: Sequence[str]) -> Path:
     ids = torch.randint(0, VOCABULARY[options.shape], shape, generator=generator)
     inputs = [{"input_ids": each.to(devices[0]), "labels": each.to(stages.head_device)} for each in ids]
     if not options.cuts and len(devices) > 1:
-        cuts = balanced(stages, inputs)
+        with bounded(options.step_seconds):
+            cuts = balanced(stages, inputs)
         stages.undo()
         stages = split(model, cuts, devices)
-    record = {
+    record: dict[str, Any] = {
         "name": "lanes",
         "hardware": hardware(devices),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", "examples/benchmarks/lanes.py", *arguments]),
-        **measure(stages, options, inputs),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     path: Path = options.results / f"lanes.{record['hardware']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+
+    def keep(measured: dict[str, Any]) -> None:
+        record.update(measured)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    measure(stages, options, inputs, keep)
     print(json.dumps(record["figures"], indent=1))
     return path
 

@@ -5,7 +5,8 @@
     python examples/benchmarks/learning.py --hardware cpu:2 --max_steps 4  # in small, without a GPU
 
 The runs of one engine see the same samples in each step, so their losses should follow each other; `apart` is the
-largest relative distance from the engine's first run. Nothing is timed. Writes results/learning.HARDWARE.json.
+largest relative distance from the engine's first run. Nothing is timed. Writes results/learning.HARDWARE.json, anew
+after each run.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from children import end_orderly
+from running import say, told, train, write_whole
 
 from parallel_tune.demo import PROMPT, default_model_dir, example_dataset
 from parallel_tune.demo_model import fetch_demo_model
@@ -43,36 +48,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hardware", default=None, help="cpu:2, say; this machine's GPUs if left out")
     parser.add_argument("--max_steps", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--run_seconds", type=float, default=240.0, help="that one run may take")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(arguments)
 
 
-def learn(engine: str, way: str, model: Path, folder: Path, options: argparse.Namespace) -> Row:
-    """One run; its losses and what it changed, or how it failed."""
+def learn(
+    engine: str, way: str, model: Path, folder: Path, options: argparse.Namespace, answering: threading.Lock
+) -> Row:
+    """One run; its losses and what it changed, or how it failed.
+
+    Args:
+        answering: one process, and one model in it at a time, answers for all runs.
+    """
     run = folder / f"{engine}-{way.replace(', ', '-')}"
-    command = [
-        sys.executable, "-m", "parallel_tune", f"--model={model}", f"--dataset={example_dataset()}",
-        f"--engine={engine}", "--max_seq_length=256", "--global_batch_size=4", f"--max_steps={options.max_steps}",
-        "--learning_rate=1e-3", "--answers_only", "--val_size=24", "--report_to=none", f"--output_dir={run}",
-        *([f"--hardware={options.hardware}"] if options.hardware else []), *WAYS[way],
-    ]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     row: Row = {"engine": engine, "way": way}
-    if done.returncode:
-        return {**row, "failed": (done.stdout + done.stderr)[-1500:]}
-    report = json.loads((run / "report.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    captured = report.get("captured") or {}
-    return {
-        **row,
-        "world_size": report["world_size"],
-        "steps": report["steps"],
-        "held_out_loss_before": report["held_out_loss_before"],
-        "held_out_loss_after": report["held_out_loss_after"],
-        "answer_after": answer(model, run / "adapter", PROMPT),
-        "replayed_share": captured["replayed_elements"] / captured["elements"] if captured.get("elements") else 0.0,
-        "losses": [each["loss"] for each in metrics if "loss" in each],
-    }
+    say(f"{engine}, {way} begins")
+    try:
+        metrics, report = train(
+            run, model, example_dataset(), f"--engine={engine}", "--max_seq_length=256", "--global_batch_size=4",
+            f"--max_steps={options.max_steps}", "--learning_rate=1e-3", "--answers_only", "--val_size=24",
+            *([f"--hardware={options.hardware}"] if options.hardware else []), *WAYS[way],
+            timeout=options.run_seconds,
+        )  # fmt: skip
+        captured = report.get("captured") or {}
+        row |= {
+            "world_size": report["world_size"],
+            "steps": report["steps"],
+            "held_out_loss_before": report["held_out_loss_before"],
+            "held_out_loss_after": report["held_out_loss_after"],
+            "replayed_share": captured["replayed_elements"] / captured["elements"] if captured.get("elements") else 0.0,
+            "losses": [each["loss"] for each in metrics],
+        }
+        with answering:
+            row["answer_after"] = answer(model, run / "adapter", PROMPT)
+    except Exception as error:  # the others still count
+        return {"engine": engine, "way": way, "failed": str(error)[-3000:]}
+    return row
 
 
 def with_distances(rows: list[Row]) -> list[Row]:
@@ -94,36 +106,48 @@ def main(arguments: list[str]) -> Path:
     on_gpu = options.hardware is None
     hardware = probe(os.environ).devices[0].name.replace(" ", "-") if on_gpu else options.hardware.replace(":", "-")
     engines = ["transformers", *(["unsloth"] if on_gpu and installed("unsloth") else [])]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        cases = [(engine, way) for engine in engines for way in WAYS]
-        jobs = [pool.submit(learn, *case, model, Path(folder), options) for case in cases]
-        rows = with_distances([job.result() for job in jobs])
-    good = [row for row in rows if "failed" not in row]
-    record = {
+    record: dict[str, Any] = {
         "name": "learning",
         "hardware": hardware,
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "examples/benchmarks/learning.py", *arguments]),
+        "command": " ".join(["python", "examples/benchmarks/learning.py", *told(arguments)]),
         "prompt": PROMPT,
         "answer_before": answer(model, None, PROMPT),
-        "rows": rows,
-        "figures": {
-            "runs": len(rows),
-            "failed": len(rows) - len(good),
-            "held_out_loss_before": max((row["held_out_loss_before"] for row in good), default=None),
-            "held_out_loss_after": max((row["held_out_loss_after"] for row in good), default=None),
-            "apart": max((row["apart"] for row in good), default=None),
-        },
     }
     options.results.mkdir(parents=True, exist_ok=True)
     path: Path = options.results / f"learning.{hardware}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    for row in rows:
-        print(json.dumps({name: value for name, value in row.items() if name != "losses"}))
+    cases = [(engine, way) for engine in engines for way in WAYS]
+    answering, found = threading.Lock(), {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {pool.submit(learn, *case, model, Path(folder), options, answering): case for case in cases}
+        try:
+            for job in as_completed(jobs):
+                found[jobs[job]] = job.result()
+                rows = with_distances([found[case] for case in cases if case in found])
+                record |= {"rows": rows, "figures": figures(rows)}
+                write_whole(path, json.dumps(record, indent=1) + "\n")
+                shown = {name: value for name, value in found[jobs[job]].items() if name != "losses"}
+                print(json.dumps(shown), flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(json.dumps({"answer_before": record["answer_before"], **record["figures"]}, indent=1))
     return path
 
 
+def figures(rows: list[Row]) -> dict[str, Any]:
+    """The worst of all runs."""
+    good = [row for row in rows if "failed" not in row]
+    return {
+        "runs": len(rows),
+        "failed": len(rows) - len(good),
+        "held_out_loss_before": max((row["held_out_loss_before"] for row in good), default=None),
+        "held_out_loss_after": max((row["held_out_loss_after"] for row in good), default=None),
+        "apart": max((row["apart"] for row in good), default=None),
+    }
+
+
 if __name__ == "__main__":
+    end_orderly()
     print(main(sys.argv[1:]))

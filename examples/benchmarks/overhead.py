@@ -14,20 +14,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
+from children import end_orderly  # noqa: E402
 from ordering import write_in_order  # noqa: E402
 from rows import make_rows  # noqa: E402
-from running import Record, apart, call, hardware_name, train, train_bare  # noqa: E402
-from shapes import make_model  # noqa: E402
+from running import (  # noqa: E402
+    Record,
+    add_common,
+    apart,
+    call,
+    hardware_name,
+    random_model,
+    say,
+    train,
+    train_bare,
+    tried,
+    work_folder,
+)
 
 CHECKPOINTING = {"unsloth": "unsloth", "transformers": "none"}
 """What each engine's users have: Unsloth's own, and what transformers does unasked."""
@@ -45,13 +58,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_common(parser)
     return parser.parse_args(arguments)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All runs, in turn."""
-    model = options.model or make_model(options.shape, folder / "model")
+def measure(
+    folder: Path, options: argparse.Namespace, has: Callable[[str], bool] = lambda _: False
+) -> Iterator[dict[str, Any]]:
+    """All runs, in turn, but those that are there; one that fails gives a row that says so."""
+    model = options.model or random_model(options.shape, folder / options.shape)
     length, samples = 512, options.batch * options.accumulation
     rows = make_rows(model, folder / "rows.jsonl", samples * options.steps)
     ordered = folder / "ordered.jsonl"
@@ -59,49 +74,53 @@ def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
     optimizer = "adamw_torch" if options.small else "adamw_8bit"
     same = [f"--max_seq_length={length}", f"--optim={optimizer}", "--lr_scheduler_type=constant_with_warmup"]
     for engine, turn in product(options.engines.split(","), range(options.repeat)):
+        sides = {side: f"{side}-{engine}-{turn}" for side in ("bare", "ours")}
+        if all(map(has, sides.values())):
+            continue
         if turn == 0:
             # Once, so that the first to run does not read the libraries from the disk for the second one.
-            call([sys.executable, "-c", f"import {'unsloth, ' * (engine == 'unsloth')}trl, peft, datasets"], folder)
-        caches = {side: _caches(folder / f"caches-{engine}-{side}") for side in ("bare", "ours")}
-        if options.small:
-            # Threads of tiny matrix products only wait for each other.
-            caches = {side: {**names, "OMP_NUM_THREADS": "1"} for side, names in caches.items()}
-        checkpointing = CHECKPOINTING[engine]
-        bare = train_bare(
-            "bare_sft.py", model, ordered, options.steps, folder / f"bare-{engine}-{turn}.json",
-            f"--engine={engine}", f"--batch={options.batch}", f"--accumulation={options.accumulation}",
-            f"--checkpointing={checkpointing}", "--in_order", "--padded", *same,
-            folder=folder / f"caches-{engine}-bare", environment=caches["bare"],
-        )  # fmt: skip
-        yield {
-            "what": f"bare-{engine}-{turn}",
-            "engine": engine,
-            "turn": turn,
-            "seconds": bare["seconds"],
-            "losses": bare["losses"],
-            "first_step_seconds": bare["first_step_seconds"],
-        }
-        metrics, report = train(
-            folder / f"ours-{engine}-{turn}", model, rows, "--strategy=ddp", f"--engine={engine}",
-            "--max_devices=1", f"--per_device_train_batch_size={options.batch}",
-            f"--gradient_accumulation_steps={options.accumulation}", "--capture=off", "--padding_free=off",
-            f"--use_gradient_checkpointing={checkpointing}", f"--max_steps={options.steps}", "--warmup_steps=5",
-            *same, *(["--hardware=cpu:1"] if options.small else []), environment=caches["ours"],
-        )  # fmt: skip
-        yield {
-            "what": f"ours-{engine}-{turn}",
-            "engine": engine,
-            "turn": turn,
-            "seconds": [row["seconds"] for row in metrics],
-            "losses": [row["loss"] for row in metrics],
-            "first_step_seconds": report["startup_seconds"]["total"],
-            "startup_seconds": report["startup_seconds"],
-            "versions": report["versions"],
-        }
+            say(f"{engine}: libraries are read")
+            libraries = f"import {'unsloth, ' * (engine == 'unsloth')}trl, peft, datasets"
+            with suppress(RuntimeError):  # the runs will say it
+                call([sys.executable, "-c", libraries], folder, timeout=options.run_seconds)
+
+        def bare(engine: str = engine, name: str = sides["bare"], cold: bool = turn == 0) -> dict[str, Any]:
+            found = train_bare(
+                "bare_sft.py", model, ordered, options.steps, folder / f"{name}.json",
+                f"--engine={engine}", f"--batch={options.batch}", f"--accumulation={options.accumulation}",
+                f"--checkpointing={CHECKPOINTING[engine]}", "--in_order", "--padded", *same,
+                folder=folder, environment=_caches(folder / f"caches-{engine}-bare", cold, options.small),
+                timeout=options.run_seconds,
+            )  # fmt: skip
+            return {name: found[name] for name in ("seconds", "losses", "first_step_seconds")}
+
+        def ours(engine: str = engine, name: str = sides["ours"], cold: bool = turn == 0) -> dict[str, Any]:
+            metrics, report = train(
+                folder / name, model, rows, "--strategy=ddp", f"--engine={engine}", "--max_devices=1",
+                f"--per_device_train_batch_size={options.batch}",
+                f"--gradient_accumulation_steps={options.accumulation}", "--capture=off", "--padding_free=off",
+                f"--use_gradient_checkpointing={CHECKPOINTING[engine]}", f"--max_steps={options.steps}",
+                "--warmup_steps=5", *same, *(["--hardware=cpu:1"] if options.small else []),
+                environment=_caches(folder / f"caches-{engine}-ours", cold, options.small),
+                timeout=options.run_seconds,
+            )  # fmt: skip
+            return {
+                "seconds": [row["seconds"] for row in metrics],
+                "losses": [row["loss"] for row in metrics],
+                "first_step_seconds": report["startup_seconds"]["total"],
+                "startup_seconds": report["startup_seconds"],
+                "versions": report["versions"],
+            }
+
+        for side, run in (("bare", bare), ("ours", ours)):
+            if not has(sides[side]):
+                yield tried(sides[side], run, engine=engine, turn=turn)
 
 
-def _caches(folder: Path) -> dict[str, str]:
-    """Variables that put all that is kept from run to run into a folder, which is made."""
+def _caches(folder: Path, cold: bool, small: bool) -> dict[str, str]:
+    """Variables that put all that is kept from run to run into a folder, empty for a cold start."""
+    if cold:
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     names = {
         "XDG_CACHE_HOME": "xdg",
@@ -110,7 +129,9 @@ def _caches(folder: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "UNSLOTH_COMPILE_LOCATION": "unsloth",
     }
-    return {name: str(folder / place) for name, place in names.items()}
+    kept = {name: str(folder / place) for name, place in names.items()}
+    # Threads of tiny matrix products only wait for each other.
+    return {**kept, "OMP_NUM_THREADS": "1"} if small else kept
 
 
 def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -119,7 +140,7 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
     for engine in options.engines.split(","):
         sides: dict[str, dict[int, dict[str, Any]]] = {"bare": {}, "ours": {}}
         for row in rows:
-            if row["engine"] == engine:
+            if row["engine"] == engine and "failed" not in row:
                 sides[row["what"].split("-")[0]][row["turn"]] = row
         turns = sorted(sides["bare"].keys() & sides["ours"].keys())
         pairs = [(sides["bare"][turn], sides["ours"][turn]) for turn in turns]
@@ -150,9 +171,9 @@ def main(arguments: list[str]) -> Path:
     options = parse(arguments)
     if options.small:
         options.shape = "tiny"
-    record = Record("overhead", hardware_name(), options.results, arguments, shape=options.shape)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in measure(Path(folder), options):
+    record = Record("overhead", hardware_name(), options.results, arguments, options.go_on, shape=options.shape)
+    with work_folder(options.work) as folder:
+        for row in measure(folder, options, record.has):
             record.add(row, lambda rows: figures(rows, options))
             shown = {name: row[name] for name in row if name not in ("losses", "versions", "seconds")}
             print(json.dumps(shown), flush=True)
@@ -161,4 +182,5 @@ def main(arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    end_orderly()
     main(sys.argv[1:])

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from children import bound, end_orderly
 from prediction_constants import measured_constants, prepare_cache
 from prediction_data import write_data
 from prediction_edges import edge_rows
@@ -81,7 +82,7 @@ class Models:
         missing = [shape for shape in dict.fromkeys(wanted) if not (folder / shape / "config.json").exists()]
         # No GPU: a context of its own would count as the rows' use.
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
-        command = ["nice", sys.executable, str(FILLED_MODELS), str(folder), *missing]
+        command = bound(["nice", sys.executable, str(FILLED_MODELS), str(folder), *missing])
         self._making = subprocess.Popen(command, env=environment) if missing else None
 
     def wait_for(self, shape: str, over: threading.Event) -> Path:
@@ -150,24 +151,7 @@ def run_row(row: Row, model: Path, place: Place, over: threading.Event) -> dict[
     process = start(command, variables)
     with ProcessMemory(place.gpu, root=process.pid if place.jobs > 1 else None) as watched:
         code, output = outcome(process, ROW_SECONDS, over)
-    found: dict[str, Any] = {
-        "name": row.name,
-        "shape": row.shape,
-        "engine": row.engine,
-        "method": row.method,
-        "checkpointing": row.checkpointing,
-        "tokens": row.tokens,
-        "rows": row.rows,
-        "data": row.data,
-        "captured": row.captured,
-        "allocator": row.allocator,
-        "process_used_peak_bytes": watched.peak_bytes,
-        "arguments": row.arguments(),
-        "may_fail": row.may_fail,
-        "in_view": row in SEEN_ROWS,
-        "jobs": place.jobs,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    found = described(row, place.jobs, started) | {"process_used_peak_bytes": watched.peak_bytes}
     if (run / "plan.json").exists():
         plan = json.loads((run / "plan.json").read_text())
         found["plan"] = plan | {"launch": [], "reasons": [], "rejected": [], "suggestions": [], "basis": []}
@@ -188,6 +172,31 @@ def run_row(row: Row, model: Path, place: Place, over: threading.Event) -> dict[
             found |= {"failed": str(error), "ran_out_of_memory": False}
     shutil.rmtree(run, ignore_errors=True)
     return found
+
+
+def described(row: Row, jobs: int, started: float) -> dict[str, Any]:
+    """What a row is, whatever came of it.
+
+    Args:
+        started: when, on the monotonic clock; it ends now.
+    """
+    return {
+        "name": row.name,
+        "shape": row.shape,
+        "engine": row.engine,
+        "method": row.method,
+        "checkpointing": row.checkpointing,
+        "tokens": row.tokens,
+        "rows": row.rows,
+        "data": row.data,
+        "captured": row.captured,
+        "allocator": row.allocator,
+        "arguments": row.arguments(),
+        "may_fail": row.may_fail,
+        "in_view": row in SEEN_ROWS,
+        "jobs": jobs,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def ways_taken(logs: Iterable[Path]) -> dict[str, bool]:
@@ -272,7 +281,15 @@ def measure(options: argparse.Namespace) -> Path:
         def run(row: Row, slot: int, over: threading.Event) -> dict[str, Any]:
             folder = options.work / f"slot-{slot}" if options.jobs > 1 else options.work
             place = Place(folder, found.uuids[0], options.jobs, constants)
-            return run_row(row, models.wait_for(row.shape, over), place, over)
+            print(f"{row.name} begins", flush=True)
+            began = time.monotonic()
+            try:
+                return run_row(row, models.wait_for(row.shape, over), place, over)
+            except Exception as error:  # the other rows still count
+                if isinstance(error, Ended):
+                    raise
+                failed = f"{type(error).__name__}: {error}"
+                return described(row, options.jobs, began) | {"failed": failed, "ran_out_of_memory": False}
 
         def done(task: Task, result: dict[str, Any]) -> bool:
             nonlocal measured
@@ -324,4 +341,5 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    end_orderly()
     main()

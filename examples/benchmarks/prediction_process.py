@@ -8,7 +8,10 @@ import subprocess
 import threading
 import time
 
+from children import bound, end
+
 POLL_SECONDS = 0.1
+LAST_WORDS_SECONDS = 10
 
 
 class Ended(Exception):
@@ -23,7 +26,12 @@ def environment(gpu: str, cache: str) -> dict[str, str]:
 def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
     """Start a command as the leader of a session; its output is for `outcome`."""
     return subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        bound(command),
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -51,5 +59,8 @@ def outcome(process: subprocess.Popen[str], limit_seconds: float, over: threadin
 
 def _kill(process: subprocess.Popen[str]) -> str:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate()[0]
+        end(process)
+    try:
+        return process.communicate(timeout=LAST_WORDS_SECONDS)[0]
+    except subprocess.TimeoutExpired:  # who else holds the pipe must not hold up the rest
+        return ""

@@ -15,16 +15,16 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
-from running import Record, apart, hardware_name, train  # noqa: E402
-from shapes import make_model  # noqa: E402
+from children import end_orderly  # noqa: E402
+from running import Record, add_common, apart, hardware_name, random_model, train, tried, work_folder  # noqa: E402
 
 ROWS = HERE.parent / "short_answers.jsonl"
 KINDS = ("eager", "captured", "again")
@@ -38,41 +38,46 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    add_common(parser)
     options = parser.parse_args(arguments)
     if options.model is None and not options.small:
         parser.error("give the folder of a model")
     return options
 
 
-def measure(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All runs; one that fails gives a row that says so."""
-    model = options.model or make_model("tiny", folder / "model")
+def measure(
+    folder: Path, options: argparse.Namespace, has: Callable[[str], bool] = lambda _: False
+) -> Iterator[dict[str, Any]]:
+    """All runs but those that are there; one that fails gives a row that says so."""
+    model = options.model or random_model("tiny", folder / "tiny")
     for engine, kind in product(options.engines.split(","), KINDS):
         name = f"{engine}-{kind}"
-        capture = "on" if kind == "captured" and not options.small else "off"
-        try:
-            metrics, report = train(
-                folder / name, model, ROWS, "--strategy=ddp", f"--engine={engine}", "--max_devices=1",
-                f"--capture={capture}", "--global_batch_size=8", "--max_seq_length=512", "--answers_only",
-                "--val_size=24", f"--max_steps={options.steps}", f"--learning_rate={options.learning_rate}",
-                *(["--hardware=cpu:1"] if options.small else []), timeout=240,
-            )  # fmt: skip
-        except Exception as error:  # the others still count
-            yield {"what": name, "failed": str(error)}
-            continue
-        captured = report.get("captured") or {}
-        yield {
-            "what": name,
-            "losses": [row["loss"] for row in metrics],
-            "gradient_norms": [row["grad_norm"] for row in metrics],
-            "held_out_loss_before": report["held_out_loss_before"],
-            "held_out_loss_after": report["held_out_loss_after"],
-            "step_seconds": statistics.median(row["seconds"] for row in metrics[len(metrics) // 2 :]),
-            "captured": captured,
-            "replayed_share": captured.get("replayed_elements", 0) / captured["elements"] if captured else 0.0,
-            "versions": report["versions"],
-        }
+        if not has(name):
+            yield tried(name, partial(learned, name, engine, kind, model, folder, options))
+
+
+def learned(
+    name: str, engine: str, kind: str, model: Path, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One run."""
+    capture = "on" if kind == "captured" and not options.small else "off"
+    metrics, report = train(
+        folder / name, model, ROWS, "--strategy=ddp", f"--engine={engine}", "--max_devices=1",
+        f"--capture={capture}", "--global_batch_size=8", "--max_seq_length=512", "--answers_only",
+        "--val_size=24", f"--max_steps={options.steps}", f"--learning_rate={options.learning_rate}",
+        *(["--hardware=cpu:1"] if options.small else []), timeout=options.run_seconds,
+    )  # fmt: skip
+    captured = report.get("captured") or {}
+    return {
+        "losses": [row["loss"] for row in metrics],
+        "gradient_norms": [row["grad_norm"] for row in metrics],
+        "held_out_loss_before": report["held_out_loss_before"],
+        "held_out_loss_after": report["held_out_loss_after"],
+        "step_seconds": statistics.median(row["seconds"] for row in metrics[len(metrics) // 2 :]),
+        "captured": captured,
+        "replayed_share": captured.get("replayed_elements", 0) / captured["elements"] if captured else 0.0,
+        "versions": report["versions"],
+    }
 
 
 def figures(rows: list[dict[str, Any]], engines: list[str]) -> dict[str, Any]:
@@ -105,9 +110,9 @@ def main(arguments: list[str]) -> Path:
     name = options.model.name if options.model else "tiny"
     # The folder is this machine's business.
     told = [argument for argument in arguments if argument != str(options.model)]
-    record = Record("real_weights", hardware_name(), options.results, told, model=name)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in measure(Path(folder), options):
+    record = Record("real_weights", hardware_name(), options.results, told, options.go_on, model=name)
+    with work_folder(options.work) as folder:
+        for row in measure(folder, options, record.has):
             record.add(row, lambda rows: figures(rows, options.engines.split(",")))
             hidden = ("losses", "gradient_norms", "versions")
             print(json.dumps({name: row[name] for name in row if name not in hidden}), flush=True)
@@ -116,4 +121,5 @@ def main(arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    end_orderly()
     main(sys.argv[1:])

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from children import bound, end
+
 HERE = Path(__file__).resolve().parent
+MODEL_SECONDS = 300
+"""In which a random model must be made."""
+
+LAST_WORDS_SECONDS = 10
+OF_THE_MACHINE = ("--model", "--work", "--results", "--seconds", "--run_seconds")
+"""Options, with a value each, that say nothing of what is measured."""
+
+
+def add_common(parser: argparse.ArgumentParser, run_seconds: float = 240.0) -> None:
+    """Options that all benchmarks of whole runs have."""
+    parser.add_argument(
+        "--work", type=Path, help="folder for models and runs, which stays; a temporary one if left out"
+    )
+    parser.add_argument("--go_on", action="store_true", help="keep what the same command has measured already")
+    parser.add_argument("--run_seconds", type=float, default=run_seconds, help="that one run may take")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+
+
+@contextmanager
+def work_folder(path: Path | None) -> Iterator[Path]:
+    """The folder, made if need be; a temporary one for None."""
+    if path is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path.resolve()
+
+
+def say(text: str) -> None:
+    """A line on stderr, with the seconds since this process was started: what a log shows of where time went."""
+    from parallel_tune.startup import process_began
+
+    print(f"{time.monotonic() - process_began():7.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def random_model(shape: str, folder: Path) -> Path:
+    """A model of shapes.py, made by a process of its own: its memory would stay this one's while runs are measured."""
+    call([sys.executable, str(HERE / "shapes.py"), shape, str(folder)], timeout=MODEL_SECONDS)
+    return folder
+
+
+def tried(what: str, run: Callable[[], dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A run's row; one that fails gives a row that says so, and the others still count."""
+    say(f"{what} begins")
+    try:
+        return {"what": what, **more, **run()}
+    except Exception as error:
+        return {"what": what, **more, "failed": str(error)}
 
 
 def call(
@@ -29,17 +83,19 @@ def call(
     """
     quiet = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()
-    # In a process group of its own, so that nothing of it is left if it takes too long.
+    # The leader of a session, so that nothing of it is left if it takes too long.
     process = subprocess.Popen(
-        command, env={**os.environ, **quiet, **(environment or {})}, cwd=folder,
+        bound(command), env={**os.environ, **quiet, **(environment or {})}, cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    out = err = ""
     try:
         out, err = process.communicate(timeout=timeout)
         ended = f"ended with {process.returncode}"
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        end(process)
+        with suppress(subprocess.TimeoutExpired):  # who else holds the pipes must not hold up the rest
+            out, err = process.communicate(timeout=LAST_WORDS_SECONDS)
         ended = f"took longer than {timeout:.0f} s"
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
@@ -56,9 +112,18 @@ def train(
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One run of parallel-tune: its rows of metrics, a step each, and its report."""
+    """One run of parallel-tune: its rows of metrics, a step each, and its report. What lay in its folder is removed.
+
+    Raises:
+        RuntimeError: it failed, or took too long; with the end of its log.
+    """
+    shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "parallel_tune", f"--model={model}", f"--dataset={rows}", f"--output_dir={run}"]
-    call([*command, "--report_to=none", *options], environment=environment, timeout=timeout)
+    try:
+        call([*command, "--report_to=none", *options], environment=environment, timeout=timeout)
+    except RuntimeError as error:
+        log = run / "logs" / "rank-0.log"
+        raise RuntimeError(f"{error}\n{log.read_text()[-1500:] if log.exists() else ''}") from error
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in metrics if "loss" in row], json.loads((run / "report.json").read_text())
 
@@ -126,21 +191,40 @@ def hardware_name(processes: int = 1) -> str:
 
 
 class Record:
-    """One result file, written anew after each row: what was measured stays if a later run fails."""
+    """One result file, written anew after each row: what was measured stays if a later run fails.
 
-    def __init__(self, name: str, hardware: str, folder: Path, arguments: Sequence[str], **more: Any) -> None:
+    Args:
+        arguments: of the command; those that are of the machine are left out.
+        go_on: keep the good rows of a file that the same command has written.
+        more: what else the file says; part of the command's sameness.
+    """
+
+    def __init__(
+        self, name: str, hardware: str, folder: Path, arguments: Sequence[str], go_on: bool = False, **more: Any
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.{hardware}.json"
+        same = {"command": " ".join(["python", f"examples/benchmarks/{name}.py", *told(arguments)]), **more}
         self.content: dict[str, Any] = {
             "name": name,
             "hardware": hardware,
             "versions": {},
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", f"examples/benchmarks/{name}.py", *arguments]),
-            **more,
+            **same,
             "rows": [],
             "figures": {},
         }
+        if go_on and self.path.exists():
+            before = json.loads(self.path.read_text())
+            if all(before.get(key) == value for key, value in same.items()):
+                good = [row for row in before["rows"] if "failed" not in row]
+                self.content |= {"versions": before["versions"], "rows": good}
+            else:
+                say(f"{self.path.name} is another command's: {before.get('command')}; all is measured anew")
+
+    def has(self, what: str) -> bool:
+        """Whether there is a good row of that name."""
+        return any(row.get("what") == what for row in self.content["rows"])
 
     def add(self, row: Mapping[str, Any], conclude: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         """Keep a row, and what follows from all rows so far; its `versions` become the record's."""
@@ -148,4 +232,23 @@ class Record:
         self.content["versions"] |= kept.pop("versions", {})
         self.content["rows"].append(kept)
         self.content["figures"] = conclude(self.content["rows"])
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def told(arguments: Sequence[str]) -> list[str]:
+    """The arguments that say what is measured."""
+    kept: list[str] = []
+    is_value = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if not is_value and name not in OF_THE_MACHINE and name != "--go_on":
+            kept.append(argument)
+        is_value = not is_value and name in OF_THE_MACHINE and not equals
+    return kept

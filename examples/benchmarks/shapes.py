@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,20 +87,26 @@ def make_config(shape: str, folder: Path) -> Any:
 
 
 def make_model(shape: str, folder: Path) -> Path:
-    """Save the shape with random bf16 weights and a tokenizer; nothing is done where it lies already."""
+    """Save the shape with random bf16 weights and a tokenizer; nothing is done where it lies already.
+
+    The folder is there only when it is complete.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").exists():
         return folder
-    config = make_config(shape, folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    config = make_config(shape, part)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         model = AutoModelForCausalLM.from_config(config)
         torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
+    model.save_pretrained(part)
+    part.rename(folder)
     return folder
 
 

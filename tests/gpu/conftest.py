@@ -118,7 +118,7 @@ def tune() -> Tune:
         ]
         done = subprocess.run(
             [sys.executable, "-P", "-m", "parallel_tune", *arguments],
-            env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False,
+            env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(path.glob("logs/*.log")))
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\n{logs}"
@@ -140,7 +140,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         folder = common / "shapes" / name
         folder.parent.mkdir(exist_ok=True)
         with FileLock(folder.with_name(f"{name}.lock")):
-            subprocess.run([sys.executable, SHAPES, name, folder], check=True)
+            subprocess.run([sys.executable, SHAPES, name, folder], check=True, timeout=300)
         return folder
 
     return make

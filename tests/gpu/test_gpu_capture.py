@@ -37,7 +37,7 @@ def train(model: Path, run: Path, *options: str) -> tuple[list[float], dict[str,
             "--max_seq_length=512", "--max_devices=1", "--report_to=none", *options,
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=420,
     )  # fmt: skip
     log = run / "logs" / "rank-0.log"
     assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-3000:] if log.exists() else "")

@@ -82,7 +82,7 @@ def test_after_workspaces_are_settled_training_takes_no_more_of_them(checkout: d
         pytest.skip("no GPU")
     done = subprocess.run(
         [sys.executable, "-c", SETTLED], env=checkout,
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     settled, later = map(int, done.stdout.split())
     assert settled >= 2 * MIB

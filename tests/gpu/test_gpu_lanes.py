@@ -274,7 +274,7 @@ def test_a_run_teaches_later_plans_its_stage_times(shape: Callable[[str], Path],
             "--dataset", str(data), "--global_batch_size", "12", "--per_device_train_batch_size", "2",
             "--max_seq_length", "512", *options,
         ],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     after = json.loads(done.stdout)
     print(*after["basis"], sep="\n")
@@ -294,7 +294,7 @@ def run_training(folder: Path, run: Path, *options: str) -> list[tuple[float, fl
             "--global_batch_size", "12", "--per_device_train_batch_size", "2", "--max_seq_length", "512",
             "--warmup_steps", "0", *options,
         ],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     log = run / "logs" / "rank-0.log"
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + (log.read_text() if log.exists() else "")

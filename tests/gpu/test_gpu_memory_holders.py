@@ -122,7 +122,7 @@ def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
     program.write_text(WATCHED)
     done = subprocess.run(
         [sys.executable, program, run, states],
-        env=checkout | {"HF_HUB_OFFLINE": "1"}, check=False,
+        env=checkout | {"HF_HUB_OFFLINE": "1"}, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, (run / "logs" / "rank-0.log").read_text()[-3000:]
     found = json.loads(states.read_text())

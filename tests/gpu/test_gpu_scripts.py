@@ -44,7 +44,7 @@ def launched(folder: Path, strategy: str, script: str, model: Path) -> Path:
             sys.executable, "-P", "-m", "parallel_tune", "launch", f"--strategy={strategy}", f"--model={model}",
             "--max_seq_length=1024", f"--output_dir={run}", ROOT / "examples/scripts" / script, *arguments,
         ],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=folder, capture_output=True, text=True, check=False, timeout=900,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=folder, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     logs = "\n".join(path.read_text()[-3000:] for path in run.glob("logs/*.log"))
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr}\n{logs}"

@@ -207,7 +207,7 @@ def run_training(folder: Path, run: Path, *options: str) -> tuple[list[float], d
             "--global_batch_size", "12", "--per_device_train_batch_size", "2", "--max_seq_length", "512",
             "--use_gradient_checkpointing", "none", "--report_to", "none", *options,
         ],
-        env=environment, capture_output=True, text=True, check=False,
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     log = run / "logs" / "rank-0.log"
     assert done.returncode == 0, done.stderr[-2000:] + (log.read_text()[-4000:] if log.exists() else "")
@@ -238,7 +238,7 @@ def test_whole_runs_agree(engine: str, four_bit: bool, shape: Callable[[str], Pa
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "captured"), str(max(found["sizes"]))],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"},
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     said = json.loads(done.stdout.splitlines()[-1])

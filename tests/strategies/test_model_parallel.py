@@ -185,6 +185,8 @@ def test_stages_share_devices_and_lanes_are_forced_only_when_asked_for(model: Ma
     made = model("1b", stages=3, micro_batch=1, gradient_accumulation_steps=4)
     assert [d.index for d in plan(made, cards("H100", "H100")).devices] == [0, 0, 1]
     assert plan(made, cards("H100", "H100")).ordinals == (0, 0, 1)
+    on_one = plan(model("1b", stages=2, max_devices=1), cards("H100", "H100"))
+    assert [d.index for d in on_one.devices] == [0, 0]
     assert plan(made, cards("H100"), lanes_available=True).lanes == 1
     forced = plan(model("1b", force_lanes=True, lanes=2, stages=3), cpus(1), lanes_available=True)
     assert (forced.lanes, len(forced.devices), forced.visible) == (2, 3, (0,))
