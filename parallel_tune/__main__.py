@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
+
+from parallel_tune.shadowing import find_shadow
 
 
 def main() -> None:
@@ -21,16 +22,6 @@ def main() -> None:
     from parallel_tune.cli import main as run
 
     run()
-
-
-def find_shadow() -> Path | None:
-    """The folder of a package `strategies` that would be imported instead of ours; it is not imported here."""
-    spec = importlib.util.find_spec("strategies")
-    found = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
-    ours = Path(__file__).resolve().parent.parent / "strategies"
-    if not found:
-        return Path(spec.origin) if spec and spec.origin else None
-    return None if ours in found[:1] else found[0]
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any, Unpack
 import click
 
 from parallel_tune import planning, refusal, rundir
-from parallel_tune.commands import check_needs, start
+from parallel_tune.commands import start
 from parallel_tune.config import DEFAULT_DATASET, DEFAULT_MODEL, TrainConfig, make_config
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.in_memory import dataset_path, model_name
+from parallel_tune.needs import check_needs
 from parallel_tune.option_types import Options
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report

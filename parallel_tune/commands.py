@@ -9,13 +9,12 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, export_after, planning, refusal, rundir, trackers
+from parallel_tune import checkpoint, export_after, planning, refusal, rundir
 from parallel_tune.config import TrainConfig, make_config, read_yaml
-from parallel_tune.data.loading import read_text
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
-from parallel_tune.engines import installed
 from parallel_tune.launch import Watcher, launch_spec
+from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
@@ -69,31 +68,6 @@ def train(config: TrainConfig) -> None:
     run = rundir.create(config, made)
     click.echo(f"run directory: {run.path}")
     start(made, run, None, config.hub_token)
-
-
-def check_needs(config: TrainConfig, run: Path | None = None) -> None:
-    """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
-
-    Where there is a choice of them, say which it will be.
-
-    Raises:
-        ConfigError: something is missing.
-    """
-    trackers.check_installed(config.report_to)
-    check_bitsandbytes(config)
-    if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
-        read_text(config.raw_text)  # says why
-    said = export_after.check_ahead(config, run)
-    if said:
-        click.echo(said)
-
-
-def check_bitsandbytes(config: TrainConfig) -> None:
-    """Refuse 4-bit weights and bitsandbytes' optimizers without bitsandbytes."""
-    optimizer = any(part in config.optim for part in ("8bit", "paged", "lion", "bnb"))
-    if (config.load_in_4bit or optimizer) and not installed("bitsandbytes"):
-        asked = "load_in_4bit" if config.load_in_4bit else f"optim = {config.optim!r}"
-        raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", "`pip install bitsandbytes`.")
 
 
 def start(

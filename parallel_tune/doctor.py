@@ -8,46 +8,25 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from parallel_tune import __version__, refusal
 from parallel_tune.cache import cache_folder
+from parallel_tune.doctor_check import GIB, INSTALL, Check
 from parallel_tune.hardware import available_memory_bytes
 from parallel_tune.memory.lookup import hub_cache
 from strategies.errors import ParallelTuneError
 from strategies.registry import load_registry
 
-GIB = 2**30
 LITTLE_DISK_BYTES = 20 * GIB
 """Less than this is soon full: a checkpoint of an 8B full fine-tune alone takes more."""
-
-INSTALL = "pip install -c constraints.txt ."
-
-State = Literal["ok", "note", "warning", "problem"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        state: "ok"; "note", which only informs; "warning", with which a run starts; "problem", with which none does.
-        said: what was found.
-        hint: what to do about it; empty where there is nothing to do.
-    """
-
-    name: str
-    state: State
-    said: str
-    hint: str = ""
 
 
 def examine(environ: Mapping[str, str], output_dir: Path) -> list[Check]:
     """Look at everything. Takes some seconds, since processes are started and must meet."""
-    # Imported here: these import this module's Check.
+    # Imported here: they need packages whose lack is the first thing to be said.
     try:
         from parallel_tune import doctor_machine, doctor_packages
     except ImportError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from parallel_tune import launch, nvml
-from parallel_tune.doctor import GIB, Check
+from parallel_tune.doctor_check import GIB, Check
 from parallel_tune.hardware import parse_hardware, probe_details
 from parallel_tune.machine import know
 from parallel_tune.memory.machine_key import ABSENT, torch_versions

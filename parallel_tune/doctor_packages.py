@@ -10,8 +10,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from parallel_tune.__main__ import find_shadow
-from parallel_tune.doctor import INSTALL, Check
+from parallel_tune.doctor_check import INSTALL, Check
+from parallel_tune.shadowing import find_shadow
 
 OURSELVES = "parallel-tune"
 UNSLOTH_EXTRA = "unsloth"

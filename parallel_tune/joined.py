@@ -10,11 +10,11 @@ import click
 
 from parallel_tune import export_after, planning, rundir
 from parallel_tune.allocator import allocator_variables
-from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.display import summary
+from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import render_plan
 from parallel_tune.process import leave
 from parallel_tune.refusal import Launch

@@ -23,13 +23,13 @@ from parallel_tune.bench.running import Interrupted, run_arm
 from parallel_tune.bench.summary import Measured, ReferenceMeasured, arm_figures, compare, reference_figures
 from parallel_tune.bench.view import text_table, write_views
 from parallel_tune.bench.work import Work, lay_out
-from parallel_tune.commands import check_needs
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.loading import local_files
 from parallel_tune.decision import find_hardware
 from parallel_tune.launch import stop_signals
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import headline
 from parallel_tune.report import versions
 from parallel_tune.reporting.pictures import have_matplotlib

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from parallel_tune import doctor, doctor_machine, doctor_packages
-from parallel_tune.doctor import Check
+from parallel_tune.doctor_check import Check
 from parallel_tune.doctor_machine import Holder
 from parallel_tune.hardware import parse_hardware
 from strategies.contracts import Device

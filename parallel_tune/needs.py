@@ -1,0 +1,38 @@
+"""What settings need beside the libraries that are always here: looked for before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from parallel_tune import export_after, trackers
+from parallel_tune.config import TrainConfig
+from parallel_tune.data.loading import read_text
+from parallel_tune.engines import installed
+from strategies.errors import ConfigError
+
+
+def check_needs(config: TrainConfig, run: Path | None = None) -> None:
+    """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
+
+    Where there is a choice of them, say which it will be.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    trackers.check_installed(config.report_to)
+    check_bitsandbytes(config)
+    if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
+        read_text(config.raw_text)  # says why
+    said = export_after.check_ahead(config, run)
+    if said:
+        click.echo(said)
+
+
+def check_bitsandbytes(config: TrainConfig) -> None:
+    """Refuse 4-bit weights and bitsandbytes' optimizers without bitsandbytes."""
+    optimizer = any(part in config.optim for part in ("8bit", "paged", "lion", "bnb"))
+    if (config.load_in_4bit or optimizer) and not installed("bitsandbytes"):
+        asked = "load_in_4bit" if config.load_in_4bit else f"optim = {config.optim!r}"
+        raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", "`pip install bitsandbytes`.")
