@@ -117,6 +117,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
     from parallel_tune.data.prepare import prepare_data
     from parallel_tune.data_part import describe_data
+    from parallel_tune.fused_head import use_chunked_loss
     from parallel_tune.gathering import choose_gathering
     from parallel_tune.log_edges import LogAtEdges
     from parallel_tune.prediction import trained_rows
@@ -143,6 +144,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     startup.mark("load")
+    if config.cross_entropy == "fused" and plan.engine == "transformers":
+        use_chunked_loss(model, train_rows, session, dtype)
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
     batches = gathering.batches
     first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, gathering.padded_reason, gathering.sizes)
