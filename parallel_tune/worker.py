@@ -144,7 +144,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     startup.mark("load")
-    if config.cross_entropy == "fused" and plan.engine == "transformers":
+    fused = config.cross_entropy == "fused" and plan.engine == "transformers"
+    if fused:
         use_chunked_loss(model, train_rows, session, dtype)
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
     batches = gathering.batches
@@ -161,7 +162,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
             predicted,
         )
         data_part.save(run.data)
-        print(*data_part.lines(), *gathering.said(), sep="\n")
+        loss_said = ["the loss is computed chunk by chunk"] if fused else []
+        print(*data_part.lines(), *gathering.said(), *loss_said, sep="\n")
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []

@@ -4,6 +4,7 @@ models that it would change are refused."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,17 @@ def test_a_model_that_it_would_change_is_refused(case: str, monkeypatch: pytest.
     with pytest.raises(ConfigError, match=f"--cross_entropy fused: .*{why}") as caught:
         use_chunked_loss(model, ROWS, SESSION, torch.float32)
     assert "--cross_entropy plain" in caught.value.hint
+
+
+def test_a_run_of_such_a_model_ends_before_it_trains(tune: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    sizes = {**SIZES, "vocab_size": len(tiny_tokenizer), "logits_scaling": 6.0}
+    make(transformers.HyperCLOVAXConfig(**sizes)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model = (f"--model={tmp_path}", "--trace", "--hardware=cpu:1", "--cross_entropy=fused")
+    ended = replace(tune, base=tune.base[1:]).ended(*model)
+    assert ended.code == 2
+    assert "this model's loss cannot be computed chunk by chunk" in ended.err and "--cross_entropy plain" in ended.err
+    assert not (ended.run / "metrics.jsonl").exists()
 
 
 def test_an_adapted_head_is_refused() -> None:
