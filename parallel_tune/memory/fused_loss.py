@@ -35,4 +35,5 @@ def fused_loss_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch:
     slopes = FLOAT32_BYTES if facts.final_softcap else 0
     if settings.method == "full" and settings.weight_bytes != settings.compute_bytes:
         head += 2 * facts.vocab_size * facts.hidden_size * settings.compute_bytes  # the cast weight, a product to cast
-    return 2 * hidden + head + logits * (FLOAT32_BYTES + products + slopes)
+    normed = tokens * facts.hidden_size * FLOAT32_BYTES  # what the final norm keeps
+    return normed + 2 * hidden + head + logits * (FLOAT32_BYTES + products + slopes)
