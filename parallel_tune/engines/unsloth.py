@@ -27,6 +27,8 @@ class UnslothEngine:
     def load(self, config: TrainConfig, plan: Plan, session: Session, dtype: Any) -> tuple[Any, Any]:
         from unsloth import FastLanguageModel
 
+        if config.cross_entropy == "plain":
+            os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
         if plan.captured:
             # Its compiled blocks save host time that a captured step does not spend, and take minutes to compile.
             os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
