@@ -58,9 +58,6 @@ class _Passes:
         finally:
             self._local.current = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Passes:
-        return self
-
 
 def use_chunked_loss(model: nn.Module, rows: Sequence[EncodedRow], session: Session, dtype: torch.dtype) -> None:
     """Let `model` compute its loss chunk by chunk wherever it is given labels; without them it gives logits as ever.
@@ -134,7 +131,7 @@ def _class_without_logits(base: type[nn.Module], passes: _Passes, form: Form) ->
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+        if kwargs.get("labels") is None:
             return base.forward(self, *args, **kwargs)
         with passes.begun() as current:
             outputs = base.forward(self, *args, **kwargs)
