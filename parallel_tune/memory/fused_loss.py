@@ -27,13 +27,20 @@ def fused_loss_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch:
         rows = min(tokens, UNSLOTH_CHUNK_ROWS)
         chunk = rows * facts.hidden_size * (settings.compute_bytes + FLOAT32_BYTES)
         return 3 * hidden + head + chunk + min(tokens * facts.vocab_size * FLOAT32_BYTES, UNSLOTH_TILE_BYTES)
-    logits = min(tokens, FUSED_CHUNK_ROWS) * facts.vocab_size
+    chunk = chunk_bytes(facts, settings, micro_batch)
     if settings.engine == "unsloth":
-        return 2 * hidden + head + logits * FLOAT32_BYTES
-    # A 16-bit chunk's products stand beside its float32 logits, and so does the slope of their cap.
-    products = settings.compute_bytes if settings.compute_bytes < FLOAT32_BYTES else 0
-    slopes = FLOAT32_BYTES if facts.final_softcap else 0
+        return 2 * hidden + head + chunk
     if settings.method == "full" and settings.weight_bytes != settings.compute_bytes:
         head += 2 * facts.vocab_size * facts.hidden_size * settings.compute_bytes  # the cast weight, a product to cast
     normed = tokens * facts.hidden_size * FLOAT32_BYTES  # what the final norm keeps
-    return normed + 2 * hidden + head + logits * (FLOAT32_BYTES + products + slopes)
+    return normed + 2 * hidden + head + chunk
+
+
+def chunk_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch: int) -> int:
+    """A chunk's float32 logits; with the transformers engine beside them its 16-bit products, and its caps' slopes."""
+    logits = min(micro_batch * settings.sequence_length, FUSED_CHUNK_ROWS) * facts.vocab_size
+    if settings.engine == "unsloth":
+        return logits * FLOAT32_BYTES
+    products = settings.compute_bytes if settings.compute_bytes < FLOAT32_BYTES else 0
+    slopes = FLOAT32_BYTES if facts.final_softcap else 0
+    return logits * (FLOAT32_BYTES + products + slopes)
