@@ -28,6 +28,7 @@ class UnslothEngine:
         from unsloth import FastLanguageModel
 
         if config.cross_entropy == "plain":
+            # Its forward asks for it in each pass, and else computes its loss piece by piece.
             os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
         if plan.captured:
             # Its compiled blocks save host time that a captured step does not spend, and take minutes to compile.

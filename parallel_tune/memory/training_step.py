@@ -112,7 +112,9 @@ class TrainingStep:
             with autocast:
                 hidden = self._body()(**inputs, use_cache=False).last_hidden_state
                 head = self.model.get_submodule(self.names.head)
-                return chunked_loss(hidden, head.weight, head.bias, labels, count, form_of(self.model.config))
+                return chunked_loss(
+                    hidden, head.weight, head.bias, labels, count, form_of(self.model.config.get_text_config())
+                )
         with autocast:
             outputs = self.model(**inputs, labels=labels, num_items_in_batch=count, use_cache=False)
         outputs.logits = outputs.logits.float()  # accelerate does so to all outputs of a 16-bit run
