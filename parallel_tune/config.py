@@ -119,7 +119,7 @@ class TrainConfig:
     optim: str = option("adamw_torch", "Training", "Optimizer, by its transformers name (adamw_8bit needs bitsandbytes).")
     seed: int = option(3407, "Training", "Seed of the data order and of dropout.", aliases=("random_seed",))
     trace: bool = option(False, "Training", "Count memory by running the model's own code on tensors without bytes: for an architecture that the closed form does not know, or to check it on one that it does.")
-    cross_entropy: str = option("auto", "Training", "Loss path that the memory estimate counts.", choices=("auto", "plain", "fused"))
+    cross_entropy: str = option("auto", "Training", "How the loss is computed, and counted in plans: plain makes all logits at once, fused no more than a chunk of them; auto is fused with Unsloth, plain with transformers.", choices=("auto", "plain", "fused"))
 
     eval_strategy: str | None = option(None, "Evaluation", "When to evaluate rows that --val_size holds out, beside before and after; steps where eval_steps is given.", choices=("no", "steps", "epoch"), synonyms={"false": "no"})
     eval_steps: int | float = option(0, "Evaluation", "Evaluate every so many steps; below 1 a share of all steps.")

@@ -209,7 +209,6 @@ def training_settings(
         )
     # Attention that keeps to rows by their boundaries has no mask; eager attention has nothing else.
     unmasked = padding_free and config.attn_implementation != "eager"
-    fused = config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
     return TrainingSettings(
         method="full" if config.full_finetuning else "lora",
         load_in_4bit=config.load_in_4bit,
@@ -221,7 +220,7 @@ def training_settings(
         compute_dtype=dtype,
         weights_dtype="float32" if config.full_finetuning and dtype == "float16" else None,
         optimizer=config.optim,
-        cross_entropy="fused" if fused else "plain",
+        cross_entropy="fused" if _is_fused(config, engine) else "plain",
         engine=engine,
         sequence_length=config.max_seq_length,
         packed=padding_free,
@@ -229,6 +228,10 @@ def training_settings(
         repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
         segments_grow=segments_grow(os.environ),
     )
+
+
+def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
+    return config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
 
 
 def _check_targets(config: TrainConfig, facts: ModelFacts) -> None:
@@ -271,6 +274,8 @@ def _suggestions(
 
     if config.strategy != "auto":
         fits("--strategy auto", config.replace(strategy="auto"))
+    if not _is_fused(config, engine):
+        fits("--cross_entropy fused", config.replace(cross_entropy="fused"))
     if not config.load_in_4bit and not config.full_finetuning:
         fits("--load_in_4bit", config.replace(load_in_4bit=True))
     if config.full_finetuning:

@@ -118,6 +118,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
         from parallel_tune.data.prepare import prepare_data
         from parallel_tune.data_part import describe_data
+        from parallel_tune.fused_head import use_chunked_loss
         from parallel_tune.gathering import choose_gathering
         from parallel_tune.log_edges import LogAtEdges
         from parallel_tune.prediction import trained_rows
@@ -144,6 +145,9 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     model = engine.add_adapters(model, config, plan)
     session.place(model)
     startup.mark("load")
+    fused = config.cross_entropy == "fused" and plan.engine == "transformers"
+    if fused:
+        use_chunked_loss(model, train_rows, session, dtype)
     gathering = choose_gathering(model, tokenizer, train_rows, batches, config, plan, session, dtype)
     batches = gathering.batches
     first_epoch = trained_rows(batches, plan, batches.steps_per_epoch, gathering.padded_reason, gathering.sizes)
@@ -159,7 +163,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
             predicted,
         )
         data_part.save(run.data)
-        print(*data_part.lines(), *gathering.said(), sep="\n")
+        loss_said = ["the loss is computed chunk by chunk"] if fused else []
+        print(*data_part.lines(), *gathering.said(), *loss_said, sep="\n")
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []

@@ -13,6 +13,7 @@ from parallel_tune.memory.parameters import whole
 from strategies.contracts import Arrangement, Checkpointing, Part
 
 DORA = {"method": "lora", "use_dora": True}
+FUSED = {"cross_entropy": "fused", "method": "lora"}
 LORA_4BIT = {"method": "lora", "load_in_4bit": True}
 ATTENTION = {"method": "lora", "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
@@ -35,6 +36,12 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 256, "sequence_length": 512}, "none", 1),
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 64, "sequence_length": 512}, "full", 2),
     ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
+    ("meta-llama/Llama-3.2-1B", {**FUSED, "sequence_length": 2048}, "none", 1),
+    ("meta-llama/Llama-3.2-1B", {**FUSED, "compute_dtype": "float32"}, "none", 1),
+    ("meta-llama/Llama-3.2-1B", {**FUSED, "method": "full"}, "none", 2),
+    ("google/gemma-2-2b", FUSED, "none", 1),
+    ("google/gemma-2-2b", {**FUSED, "method": "full", "sequence_length": 2048}, "full", 2),
+    ("meta-llama/Llama-3.1-8B", {**FUSED, "load_in_4bit": True, "sequence_length": 16384}, "full", 1),
 ]
 
 

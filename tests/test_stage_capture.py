@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from op_tape import OperationTape
 from torch import Tensor
 from toy_model import Toy
 
+from parallel_tune import chunked_loss
+from parallel_tune.fused_head import use_chunked_loss
 from parallel_tune.row_attention import use_row_attention
 from strategies.pipeline import Lanes
 from strategies.stage_capture import StageCapture
@@ -64,6 +67,25 @@ def test_gradients_are_bitwise_the_naive_ones(count: int, kind: str) -> None:
         assert report.sizes == [4, 5, 6]
         assert report.replayed_elements >= 2 * report.elements // 3
         assert tape.passes == 3 * num_lanes
+
+
+@pytest.mark.parametrize("kind", ["lora", "tied"])
+def test_a_loss_by_chunks_is_captured_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads nothing on the host, and its gradients, made in the forward pass, are made anew in each replay."""
+    monkeypatch.setattr(chunked_loss, "FUSED_CHUNK_ROWS", 3)
+    model = maskless(kind)
+    inputs = batches(7)
+    plain, _ = naive(model, inputs)
+    stages = split(model, CUTS[2], [CPU] * 2)
+    row = {name: tensor[0].tolist() for name, tensor in inputs[0].items()}
+    use_chunked_loss(model, [row], SimpleNamespace(device=CPU), torch.float32)  # type: ignore[arg-type, list-item]
+    expected = naive(model, inputs)
+    torch.testing.assert_close(expected[0], plain, rtol=1e-6, atol=0.0)
+    captured, _ = captured_of(stages)
+    with Lanes(stages, 2, captured=captured) as lanes:
+        for _ in range(3):
+            assert_same(expected, in_lanes(lanes, model, inputs))
+    assert captured.report.reason is None and captured.report.replayed_elements > 0
 
 
 def test_a_size_is_recorded_when_it_comes_again_and_eager_micro_batches_keep_their_place() -> None:

@@ -27,6 +27,9 @@ class UnslothEngine:
     def load(self, config: TrainConfig, plan: Plan, session: Session, dtype: Any) -> tuple[Any, Any]:
         from unsloth import FastLanguageModel
 
+        if config.cross_entropy == "plain":
+            # Its forward asks for it in each pass, and else computes its loss piece by piece.
+            os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
         if plan.captured:
             # Its compiled blocks save host time that a captured step does not spend, and take minutes to compile.
             os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"

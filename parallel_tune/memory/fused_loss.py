@@ -8,8 +8,8 @@ from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.unsloth_tape import KERNEL_FAMILIES
 
 FUSED_CHUNK_ROWS = 512
-"""Tokens whose float32 logits one chunk of the transformers engine's fused loss holds, and of Unsloth's for layers that
-it only compiles (one row of gemma3-1b)."""
+"""Tokens of one chunk of the transformers engine's fused loss (parallel_tune/chunked_loss.py); of Unsloth's for layers
+that it only compiles, so many whose float32 logits it holds (one row of gemma3-1b)."""
 
 UNSLOTH_TILE_BYTES = 256 << 20
 """The most that Unsloth's loss holds of the logits at once (unsloth_zoo/fused_losses/fused_linear.py); less on a card
@@ -27,4 +27,20 @@ def fused_loss_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch:
         rows = min(tokens, UNSLOTH_CHUNK_ROWS)
         chunk = rows * facts.hidden_size * (settings.compute_bytes + FLOAT32_BYTES)
         return 3 * hidden + head + chunk + min(tokens * facts.vocab_size * FLOAT32_BYTES, UNSLOTH_TILE_BYTES)
-    return 2 * hidden + head + min(tokens, FUSED_CHUNK_ROWS) * facts.vocab_size * FLOAT32_BYTES
+    chunk = chunk_bytes(facts, settings, micro_batch)
+    if settings.engine == "unsloth":
+        return 2 * hidden + head + chunk
+    if settings.method == "full" and settings.weight_bytes != settings.compute_bytes:
+        head += 2 * facts.vocab_size * facts.hidden_size * settings.compute_bytes  # the cast weight, a product to cast
+    normed = tokens * facts.hidden_size * FLOAT32_BYTES  # what the final norm keeps
+    return normed + 2 * hidden + head + chunk
+
+
+def chunk_bytes(facts: ModelFacts, settings: TrainingSettings, micro_batch: int) -> int:
+    """A chunk's float32 logits; with the transformers engine beside them its 16-bit products, and its caps' slopes."""
+    logits = min(micro_batch * settings.sequence_length, FUSED_CHUNK_ROWS) * facts.vocab_size
+    if settings.engine == "unsloth":
+        return logits * FLOAT32_BYTES
+    products = settings.compute_bytes if settings.compute_bytes < FLOAT32_BYTES else 0
+    slopes = FLOAT32_BYTES if facts.final_softcap else 0
+    return logits * (FLOAT32_BYTES + products + slopes)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parallel_tune.memory.captured import CAPTURED_LOSS_RESERVE_BYTES, CAPTURED_RESERVE_BYTES
 from parallel_tune.memory.facts import ModelFacts
+from parallel_tune.memory.fused_loss import chunk_bytes
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from strategies.contracts import Arrangement, MemoryEstimate, Part
 
@@ -56,7 +57,9 @@ def reserve_bytes(
     if not settings.segments_grow:
         return reserve if fused else max(reserve, _fixed_segments_bytes(logits, constants, arrangement))
     if fused:
-        return max(int(peak.allocated_bytes * FUSED_SHARE), FUSED_LEAST_BYTES)
+        # The transformers engine's chunk is the largest tensor that is freed at the loss: it can stay a hole.
+        hole = chunk_bytes(facts, settings, arrangement.micro_batch) if settings.engine == "transformers" else 0
+        return max(int(peak.allocated_bytes * FUSED_SHARE), FUSED_LEAST_BYTES, hole)
     recomputed = arrangement.gradient_checkpointing != "none"
     if settings.method == "full":
         copies = FULL_RECOMPUTED_LOGITS if recomputed else 1.0

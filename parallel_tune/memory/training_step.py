@@ -9,8 +9,8 @@ from unittest import mock
 
 import torch
 
+from parallel_tune.chunked_loss import chunked_loss, form_of
 from parallel_tune.memory.anatomy import anatomy
-from parallel_tune.memory.chunked_loss import chunked_loss
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.fake_model import build_model
 from parallel_tune.memory.settings import TrainingSettings
@@ -111,8 +111,10 @@ class TrainingStep:
         if self.settings.cross_entropy == "fused":
             with autocast:
                 hidden = self._body()(**inputs, use_cache=False).last_hidden_state
-            weight = self.model.get_submodule(self.names.head).weight
-            return chunked_loss(hidden, weight, labels)
+                head = self.model.get_submodule(self.names.head)
+                return chunked_loss(
+                    hidden, head.weight, head.bias, labels, count, form_of(self.model.config.get_text_config())
+                )
         with autocast:
             outputs = self.model(**inputs, labels=labels, num_items_in_batch=count, use_cache=False)
         outputs.logits = outputs.logits.float()  # accelerate does so to all outputs of a 16-bit run

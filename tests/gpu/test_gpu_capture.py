@@ -79,6 +79,22 @@ def test_compiled_layers_follow_the_eager_run(
     assert compiled == pytest.approx(eager, rel=5e-3)
 
 
+@pytest.mark.parametrize("split", [(), ("--strategy=model_parallel", "--stages=2")], ids=["replica", "stages"])
+def test_a_loss_by_chunks_is_captured_and_is_the_plain_one(
+    split: tuple[str, ...], shape: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ["--engine=transformers", *split]
+    plain, _ = train(shape("qwen3-1b"), tmp_path / "plain", *options, "--capture=off", "--cross_entropy=plain")
+    eager, before = train(shape("qwen3-1b"), tmp_path / "eager", *options, "--capture=off", "--cross_entropy=fused")
+    captured, report = train(shape("qwen3-1b"), tmp_path / "captured", *options, "--cross_entropy=fused")
+    found = report["captured"]
+    print(split, found, "tokens/s", before["tokens_per_second"], report["tokens_per_second"], before["devices"])
+    assert found["reason"] is None
+    assert found["replayed_elements"] > 0.8 * found["elements"]
+    assert eager == pytest.approx(plain, rel=5e-3)
+    assert captured == pytest.approx(eager, rel=5e-3)
+
+
 def test_a_step_that_reads_the_gpu_is_run_eagerly_and_training_goes_on() -> None:
     device = torch.device("cuda", 0)
     weight = torch.nn.Parameter(torch.ones(8, device=device))

@@ -105,6 +105,7 @@ def test_the_rows_are_hard(rows: tuple[Rows, Rows]) -> None:
     assert [len(ids) for ids in sample_ids()] == [12, 12, 12, 12, 5] * EPOCHS
 
 
+FUSED = "--cross_entropy=fused"
 LAYOUTS = {
     "single process": ("single_run", ()),
     "ddp on 2": ("ddp_run", ()),
@@ -119,6 +120,10 @@ LAYOUTS = {
         None,
         ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on", "--per_device_train_batch_size=3"),
     ),
+    "fused loss": (None, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "fused loss, padded ddp on 2": (None, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "fused loss, model_parallel on 3": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
+    "fused loss, lanes": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
 }
 
 
@@ -144,6 +149,8 @@ def test_losses_are_the_references(
     assert [row["tokens"] for row in run.metrics] == tokens
     assert run.report["held_out_loss_after"] == pytest.approx(held_out, rel=TOLERANCE)
     assert run.report["padding_free"] == ("--padding_free=off" not in options)
+    log = (run.run / "logs" / "rank-0.log").read_text()
+    assert ("the loss is computed chunk by chunk" in log) == (FUSED in options)
     assert (run.report["samples"], run.report["steps"]) == (53 * EPOCHS, STEPS)
     assert run.plan["processes"] * run.plan["micro_batch"] * run.plan["gradient_accumulation_steps"] == 12
 
@@ -164,12 +171,15 @@ def test_the_adapter_gives_the_same_loss_in_plain_peft(
     assert run.report["held_out_loss_after"] < before
 
 
+@pytest.mark.parametrize(
+    "options", [(), (FUSED,), (FUSED, "--pipeline=on")], ids=["plain loss", "fused loss", "fused loss, lanes"]
+)
 def test_all_weights_of_a_tied_model_train_alike_in_a_split(
-    tune: Any, tied_model: Path, rows: tuple[Rows, Rows]
+    options: tuple[str, ...], tune: Any, tied_model: Path, rows: tuple[Rows, Rows]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    run = tune("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0")
+    run = tune("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0", *options)
     model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
     losses, _ = reference(model, rows[0])
     assert run.losses[:5] == pytest.approx(losses[:5], rel=1e-4)

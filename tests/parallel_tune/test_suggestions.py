@@ -30,6 +30,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("2xA100-40GB", "meta-llama/Llama-3.1-70B", {}),
     ("1xH100-80GB", "meta-llama/Llama-3.1-8B", {"use_gradient_checkpointing": "none", "max_seq_length": 32768}),
     ("1xT4-16GB", "Qwen/Qwen2.5-7B", {}),
+    ("1xRTX3090-24GB", "Qwen/Qwen2.5-3B", {"engine": "transformers", "max_seq_length": 16384}),
 ]
 
 
@@ -62,6 +63,13 @@ def test_each_suggestion_is_a_plan_that_fits(hardware: str, model: str, options:
         assert f"device {device.index} ({device.name}) needs" in caught.value.message
         assert "short" in caught.value.message
     assert all(item.change in caught.value.hint for item in plan.suggestions)
+
+
+def test_a_fused_loss_is_suggested_where_all_logits_are_what_does_not_fit() -> None:
+    for options, suggested in (({}, True), ({"cross_entropy": "fused", "max_seq_length": 65536}, False)):
+        plan = plan_of("1xRTX3090-24GB", "Qwen/Qwen2.5-3B", "transformers", **{"max_seq_length": 16384, **options})
+        assert not plan.fits
+        assert ("--cross_entropy fused" in [item.change for item in plan.suggestions]) == suggested
 
 
 def test_two_of_three_cards_where_one_is_too_small() -> None:

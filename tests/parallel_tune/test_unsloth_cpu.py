@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from parallel_tune.config import make_config
+from parallel_tune.engines.unsloth import UnslothEngine
 
 LAYOUTS = [("ddp", "cpu:1"), ("ddp", "cpu:2"), ("model_parallel", "cpu:2")]
 
@@ -18,6 +24,26 @@ def test_unsloth_trains_as_transformers_does(strategy: str, hardware: str, tune:
     assert run.losses == pytest.approx(single_run.losses, rel=1e-4)
     assert run.report["held_out_loss_after"] == pytest.approx(single_run.report["held_out_loss_after"], rel=1e-4)
     assert (run.run / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("path", "set_to"), [("plain", "1"), ("fused", None), ("auto", None)])
+def test_a_plain_loss_is_asked_of_unsloth(path: str, set_to: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward reads this variable; the losses of a run are the same either way."""
+    monkeypatch.delenv("UNSLOTH_RETURN_LOGITS", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    seen: list[str | None] = []
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(**_: Any) -> tuple[Any, Any]:
+            seen.append(os.environ.get("UNSLOTH_RETURN_LOGITS"))
+            return None, SimpleNamespace(pad_token_id=0)
+
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    plan: Any = SimpleNamespace(captured=False, padding_free=False, gradient_checkpointing="none")
+    session: Any = SimpleNamespace(device_map=dict)
+    UnslothEngine().load(make_config({"cross_entropy": path}), plan, session, None)
+    assert seen == [set_to]
 
 
 EARLY = """
