@@ -235,11 +235,21 @@ def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
 
 
 def _check_targets(config: TrainConfig, facts: ModelFacts) -> None:
-    if config.full_finetuning or not facts.closed_form_known or "all-linear" in config.target_modules:
+    if config.full_finetuning or "all-linear" in config.target_modules:
+        return
+    # Unsloth would train them in full beside the adapters, in float32; TRL refuses an adapter on a head.
+    outside = {name.rpartition(".")[2] for name in (*facts.modules.embedding, facts.modules.head)}
+    wanted = [target for target in config.target_modules if target.rpartition(".")[2] in outside]
+    if wanted:
+        raise ConfigError(
+            f"target_modules names {', '.join(wanted)}: embeddings and heads get no adapters",
+            "Name linear layers of the model's layers, or train all weights with --full_finetuning.",
+        )
+    if not facts.closed_form_known:
         return
     linears = {linear.name for layer in range(facts.num_layers) for linear in layer_linears(facts, layer)}
     # What peft finds beside the layers' linears: other modules that have weights.
-    known = linears | set(EXPERT_TARGETS.get(facts.model_type, ())) | {"embed_tokens", "lm_head", "gate", "router"}
+    known = linears | set(EXPERT_TARGETS.get(facts.model_type, ())) | {"gate", "router"}
     if not any(target.rpartition(".")[2] in known for target in config.target_modules):
         raise ConfigError(
             f"target_modules = {','.join(config.target_modules)}: {config.model} has no such linear layer",

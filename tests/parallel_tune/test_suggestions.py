@@ -83,6 +83,16 @@ def test_adapters_for_nothing_are_refused() -> None:
         plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="nothing,neither")
     assert "q_proj" in caught.value.hint
     assert plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="self_attn.q_proj").fits
+
+
+@pytest.mark.parametrize("engine", ["unsloth", "transformers"])
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_embeddings_and_heads_get_no_adapters(name: str, engine: str) -> None:
+    """They were planned as if they took no memory: Unsloth trains them in full, and TRL raises an error of its own."""
+    with pytest.raises(ConfigError, match=rf"target_modules names {name}:.*no adapters") as raised:
+        plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules=f"q_proj,{name}", engine=engine)
+    assert "--full_finetuning" in raised.value.hint
+    plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", full_finetuning=True, target_modules=f"q_proj,{name}")
     assert plan_of("1xH100-80GB", "microsoft/Phi-3-mini-4k-instruct").fits  # two of the defaults are there
 
 
