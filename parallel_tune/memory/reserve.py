@@ -1,4 +1,4 @@
-"""What torch's caching allocator holds beyond live tensors at the peak: freed blocks that no later tensor fits into."""
+"""What an allocator holds beyond live tensors at the peak: freed blocks that no later tensor fits into."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def reserve_bytes(
     Args:
         above_loss_bytes: by how much the peak's live tensors exceed those of the loss.
     """
+    if constants.heap_share:
+        return int(constants.heap_share * (peak.activations_bytes + peak.cross_entropy_bytes))
     reserve = max(int(peak.allocated_bytes * constants.reserve_fraction), constants.segment_bytes)
-    if not part.head or not constants.reserve_fraction:  # a CPU has no such allocator
+    if not part.head or not constants.reserve_fraction:
         return reserve
     fused = settings.cross_entropy == "fused"
     logits = _logits_bytes(facts, settings, arrangement)
