@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import make_tiny_model
 
 import parallel_tune
 from parallel_tune import export as exporting
@@ -33,11 +34,10 @@ pathlib.Path(out).write_text(kind)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> parallel_tune.Run:
     folder = tmp_path_factory.mktemp("export")
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", folder / "tiny"], check=True, timeout=240)
     return parallel_tune.tune(
-        model=folder / "tiny", dataset=ROOT / "examples" / "short_answers.jsonl", hardware="cpu:2", max_steps=3,
-        max_seq_length=64, global_batch_size=4, learning_rate=3e-2, warmup_steps=0, strategy="model_parallel",
-        output_dir=str(folder / "run"),
+        model=make_tiny_model(folder / "tiny"), dataset=ROOT / "examples" / "short_answers.jsonl", hardware="cpu:2",
+        max_steps=3, max_seq_length=64, global_batch_size=4, learning_rate=3e-2, warmup_steps=0,
+        strategy="model_parallel", output_dir=str(folder / "run"),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "scripts"
@@ -21,9 +22,7 @@ SCRIPTS = ROOT / "examples" / "scripts"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", folder], check=True, timeout=240)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 COMMAND = (sys.executable, "-P", "-m", "parallel_tune", "launch", "--output_dir", "run")
