@@ -61,7 +61,7 @@ def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_ke
 
 
 def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
-    options = (*LAYOUTS["ddp"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
+    options = (*LAYOUTS["one"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
     run = run_it(*options, "--learning_rate=1e-4", "--num_train_epochs=8", "--save_steps=3")
     # The first evaluation is progress from nothing; the second is not enough.
     assert run.report["stopped_early_at_step"] == 4
