@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_benchmark_runs_small_and_writes_its_figures(tmp_path: Path, tiny_model: Path) -> None:
     command = [sys.executable, ROOT / "examples" / "benchmarks" / "learning.py", f"--model={tiny_model}"]
-    options = ["--hardware=cpu:2", "--max_steps=2", f"--results={tmp_path}"]
+    options = ["--hardware=cpu:1", "--max_steps=2", f"--results={tmp_path}"]
     subprocess.run([*command, *options], check=True, timeout=400)
-    record = json.loads((tmp_path / "learning.cpu-2.json").read_text())
+    record = json.loads((tmp_path / "learning.cpu-1.json").read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures", "answer_before"} <= record.keys()
     assert [row["way"] for row in record["rows"]] == ["ddp, eager", "ddp", "model_parallel"]
     assert record["figures"]["failed"] == 0

@@ -29,11 +29,13 @@ from strategies.contracts import Arrangement, Part
 from strategies.errors import ConfigError, RunFailed
 from strategies.registry import load_registry
 
-STEPS, SKIPPED, REPEAT, GLOBAL_BATCH = 5, 2, 2, 6
+STEPS, SKIPPED, GLOBAL_BATCH = 5, 2, 6
 
 REFERENCE = """
 import json, os, sys, time
 rows, steps, result = sys.argv[1:]
+if result.endswith("reference-2.json"):
+    raise SystemExit(3)
 lines = open(rows).read().splitlines()
 assert all(json.loads(line)["text"] for line in lines) and len(lines) == {batch} * int(steps)
 assert os.environ["PARALLEL_TUNE_RESULT"] == result
@@ -49,21 +51,41 @@ def bench(tune: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def done(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A benchmark of everything, with a reference."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The option for a reference that fails in its second turn."""
     script = tmp_path_factory.mktemp("a script") / "reference.py"
     script.write_text(REFERENCE.format(batch=GLOBAL_BATCH))
-    return bench(
-        "bench", "--hardware=cpu:2", f"--steps={STEPS}", f"--skip_steps={SKIPPED}", f"--repeat={REPEAT}",
-        "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2",
-        f"--reference='{sys.executable}' '{script}' {{rows}} {{steps}} {{result}}",
-    )  # fmt: skip
+    return f"--reference='{sys.executable}' '{script}' {{rows}} {{steps}} {{result}}"
+
+
+MEASURED = (f"--steps={STEPS}", f"--skip_steps={SKIPPED}")
+
+
+@pytest.fixture(scope="module")
+def done(bench: Any, reference: str) -> Any:
+    """A benchmark of everything, with a reference."""
+    options = ("--repeat=1", "--per_device_train_batch_size=1", "--gradient_accumulation_steps=2")
+    return bench("bench", "--hardware=cpu:2", *MEASURED, *options, reference)
+
+
+@pytest.fixture(scope="module")
+def twice(bench: Any, reference: str) -> Any:
+    """Two turns of what runs on one device; the reference fails in the second."""
+    return bench.ended("bench", "--hardware=cpu:1", *MEASURED, "--repeat=2", reference)
+
+
+def results_of(ended: Any) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ended.run / "bench.json").read_text())
+    return loaded
 
 
 @pytest.fixture(scope="module")
 def results(done: Any) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((done.run / "bench.json").read_text())
-    return loaded
+    return results_of(done)
+
+
+def turns_told(ended: Any) -> list[str]:
+    return [line.partition(":")[0] for line in ended.out.splitlines() if line.startswith("run ")]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -79,25 +101,24 @@ def test_all_do_the_same_work_in_turn(done: Any, results: dict[str, Any]) -> Non
     first = results["arms"][0]["runs"][0]
     assert first["tokens"] == results["tokens"] and len(first["tokens"]) == STEPS
     for arm in results["arms"]:
-        assert len(arm["runs"]) == REPEAT
-        for run in arm["runs"]:
-            assert run["tokens"] == first["tokens"]
-            assert run["losses"] == pytest.approx(first["losses"], rel=1e-5)
-    said = [line.partition(":")[0] for line in done.out.splitlines() if line.startswith("run ")]
+        (run,) = arm["runs"]
+        assert run["tokens"] == first["tokens"]
+        assert run["losses"] == pytest.approx(first["losses"], rel=1e-5)
     everyone = ["one device", "ddp", "model_parallel, naive", "model_parallel, lanes", "the reference"]
-    assert said == [f"run {turn} of {name}" for turn in (1, 2) for name in everyone]
+    assert turns_told(done) == [f"run 1 of {name}" for name in everyone]
 
 
-def test_rates_are_those_of_the_steps_that_count(done: Any, results: dict[str, Any]) -> None:
-    for arm in results["arms"]:
-        rates = []
-        for turn in range(1, REPEAT + 1):
-            rows = rows_of(done.run / "runs" / f"{arm['name']}-{turn}")[SKIPPED:]
-            assert len(rows) == STEPS - SKIPPED
-            rates.append(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows))
-        expected = {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
-        assert arm["tokens_per_second"] == pytest.approx(expected)
-        assert f"{arm['tokens_per_second']['median']:,.0f}" in done.out
+def test_rates_are_those_of_the_steps_that_count(done: Any, twice: Any, results: dict[str, Any]) -> None:
+    for ended, repeat in ((done, 1), (twice, 2)):
+        for arm in results_of(ended)["arms"]:
+            rates = []
+            for turn in range(1, repeat + 1):
+                rows = rows_of(ended.run / "runs" / f"{arm['name']}-{turn}")[SKIPPED:]
+                assert len(rows) == STEPS - SKIPPED
+                rates.append(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows))
+            expected = {"median": statistics.median(rates), "least": min(rates), "most": max(rates)}
+            assert arm["tokens_per_second"] == pytest.approx(expected)
+            assert f"{arm['tokens_per_second']['median']:,.0f}" in ended.out
     single, ddp = (arm["tokens_per_second"]["median"] for arm in results["arms"][:2])
     assert results["arms"][1]["scaling_efficiency"] == pytest.approx(ddp / single / 2)
     assert results["arms"][0]["scaling_efficiency"] is None
@@ -147,29 +168,25 @@ def test_naive_and_lanes_are_drawn_on_one_axis(done: Any, results: dict[str, Any
         assert all(0 < device["busy_share"] <= 1 for device in arm["devices"])
 
 
-def test_what_cannot_run_is_listed_and_a_failed_reference_takes_nothing(bench: Any) -> None:
-    ended = bench.ended(
-        "bench", "--hardware=cpu:1", "--steps=3", "--repeat=2", f"--reference={sys.executable} -c 'raise SystemExit(3)'"
-    )
-    assert ended.code == 1
-    results = json.loads((ended.run / "bench.json").read_text())
+def test_what_cannot_run_is_listed_and_a_failed_reference_takes_nothing(bench: Any, twice: Any) -> None:
+    assert twice.code == 1
+    results = results_of(twice)
     assert [item["name"] for item in results["not_run"]] == ["ddp", "naive", "lanes"]
     assert [len(arm["runs"]) for arm in results["arms"]] == [2]
+    assert turns_told(twice) == ["run 1 of one device", "run 1 of the reference", "run 2 of one device"]
+    assert results["finished"] and len(results["reference"]["runs"]) == 1
     assert "code 3" in results["reference"]["failed"]
-    assert "not run: ddp: there is one device" in ended.out and "the reference ended with code 3" in ended.out
-    again = bench.ended("bench", "--hardware=cpu:1", f"--output_dir={ended.run}", shared_output=False)
+    assert "not run: ddp: there is one device" in twice.out and "the reference ended with code 3" in twice.out
+    again = bench.ended("bench", "--hardware=cpu:1", f"--output_dir={twice.run}", shared_output=False)
     assert again.code == 2 and "holds a benchmark already" in again.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_all_and_keeps_what_there_is(
-    number: signal.Signals, bench: Any, alive: Callable[[Path], list[int]]
-) -> None:
+def test_a_signal_ends_all_and_keeps_what_there_is(bench: Any, alive: Callable[[Path], list[int]]) -> None:
     """In the reference's turn, which would never end."""
     reference = f"--reference={sys.executable} -c 'import time; time.sleep(1000)' {{result}}"
     command = bench.start("bench", "--hardware=cpu:1", "--steps=3", "--repeat=1", reference)
     command.wait_for(command.run / "reference.log")
-    command.send(number)
+    command.send(signal.SIGHUP)
     ended = command.wait()
     assert ended.code == 1 and "stopped by a signal" in ended.err
     results = json.loads((ended.run / "bench.json").read_text())

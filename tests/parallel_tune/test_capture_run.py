@@ -6,6 +6,7 @@ but a micro-batch's tensors decides a replay.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ def recorded(package: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
+@pytest.fixture(scope="module")
+def on_two(tune: Any, recorded: dict[str, str]) -> Any:
+    """A run of two processes, with checkpoints."""
+    return tune("--strategy=recorded_ddp", "--hardware=cpu:2", "--save_steps=8", env=recorded)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_recorded_steps_train_as_eager_ones(
-    processes: int, tune: Any, recorded: dict[str, str], single_run: Any, ddp_run: Any
+    processes: int, tune: Any, recorded: dict[str, str], on_two: Any, single_run: Any, ddp_run: Any
 ) -> None:
-    run = tune("--strategy=recorded_ddp", f"--hardware=cpu:{processes}", env=recorded)
+    run = on_two if processes == 2 else tune("--strategy=recorded_ddp", "--hardware=cpu:1", env=recorded)
     eager = single_run if processes == 1 else ddp_run
     assert run.losses == pytest.approx(eager.losses, rel=1e-5)
     assert run.report["held_out_loss_after"] == pytest.approx(eager.report["held_out_loss_after"], rel=1e-5)
@@ -75,11 +82,13 @@ def test_recorded_steps_train_as_eager_ones(
     assert f"steps are captured at {', '.join(map(str, found['sizes']))}" in log
 
 
-def test_a_recorded_run_is_resumed(tune: Any, recorded: dict[str, str], ddp_run: Any, tmp_path: Path) -> None:
-    run = tune("--strategy=recorded_ddp", "--hardware=cpu:2", "--save_steps=8", env=recorded)
+def test_a_recorded_run_is_resumed(
+    tune: Any, recorded: dict[str, str], on_two: Any, ddp_run: Any, tmp_path: Path
+) -> None:
+    run = shutil.copytree(on_two.run, tmp_path / "run")
     for name in ("adapter", "checkpoint-20"):
-        (run.run / name).rename(tmp_path / name)
-    resumed = tune("resume", str(run.run), base=False, env=recorded)
+        shutil.rmtree(run / name)
+    resumed = tune("resume", str(run), base=False, env=recorded)
     assert "resuming from checkpoint-16" in resumed.out
     assert resumed.losses[-1] == pytest.approx(ddp_run.losses[-1], rel=1e-5)
     assert (resumed.run / "adapter" / "adapter_model.safetensors").exists()

@@ -52,7 +52,7 @@ def looked_at(package: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize(("reduce_dtype", "accumulation"), [("float32", 1), ("float32", 3), ("bfloat16", 3)])
+@pytest.mark.parametrize(("reduce_dtype", "accumulation"), [("float32", 1), ("bfloat16", 3)])
 def test_the_wrapper_is_set_for_dense_adapters(
     reduce_dtype: str,
     accumulation: int,
@@ -64,7 +64,7 @@ def test_the_wrapper_is_set_for_dense_adapters(
 ) -> None:
     base = tuple(option for option in tune.base if "per_device" not in option)
     run = replace(tune, base=(*base, f"--per_device_train_batch_size={6 // accumulation}"))(
-        "--strategy=looked_at", "--hardware=cpu:2", f"--ddp_reduce_dtype={reduce_dtype}", "--profile_steps=2",
+        "--strategy=looked_at", "--hardware=cpu:2", f"--ddp_reduce_dtype={reduce_dtype}", "--profile_steps=1",
         env={**looked_at, "NOTES": str(tmp_path)},
     )  # fmt: skip
     notes = read_notes(tmp_path)
@@ -78,7 +78,7 @@ def test_the_wrapper_is_set_for_dense_adapters(
     assert run.plan["gradient_accumulation_steps"] == accumulation
     with gzip.open(run.run / "profile" / "rank-0.trace.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert names.count("c10d::allreduce_") == 2 * 2
+    assert names.count("c10d::allreduce_") == 2
     if reduce_dtype == "float32":
         assert run.losses == pytest.approx(ddp_run.losses, rel=1e-5)
     else:

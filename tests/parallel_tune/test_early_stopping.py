@@ -14,7 +14,8 @@ from parallel_tune.stopping import evaluations_without_progress
 
 RATE = "--learning_rate=0.05"
 """So high that the held-out loss soon rises."""
-EVALUATE = ("--eval_steps=2", "--load_best_model_at_end", "--save_total_limit=1", RATE, "--num_train_epochs=8")
+EVALUATE = ("--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=2", RATE)
+STEADY = ("--lr_scheduler_type=constant", "--warmup_steps=0", "--num_train_epochs=8")
 LAYOUTS = {
     "one": ("--strategy=ddp", "--hardware=cpu:1"),
     "ddp": ("--strategy=ddp", "--hardware=cpu:2"),
@@ -35,11 +36,17 @@ def held_out(run: Path) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
 
 
+@pytest.fixture(scope="module")
+def alone(run_it: Any) -> Any:
+    """A run of one process that was stopped."""
+    return run_it(*LAYOUTS["one"], *EVALUATE, *STEADY, "--save_total_limit=1")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_kept(
-    layout: str, run_it: Any, tied_model: Path, rows_file: Path
+    layout: str, run_it: Any, alone: Any
 ) -> None:
-    run = run_it(*LAYOUTS[layout], *EVALUATE, "--early_stopping_patience=2", "--warmup_steps=0")
+    run = alone if layout == "one" else run_it(*LAYOUTS[layout], *EVALUATE, *STEADY, "--save_total_limit=1")
     losses, stopped = held_out(run.run), run.report["stopped_early_at_step"]
     during = {step: loss for step, loss in losses.items() if step > 0}
     best = min(during, key=lambda step: during[step])
@@ -54,7 +61,7 @@ def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_ke
 
 
 def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
-    options = (*LAYOUTS["ddp"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
+    options = (*LAYOUTS["one"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
     run = run_it(*options, "--learning_rate=1e-4", "--num_train_epochs=8", "--save_steps=3")
     # The first evaluation is progress from nothing; the second is not enough.
     assert run.report["stopped_early_at_step"] == 4
@@ -62,26 +69,17 @@ def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
     assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_a_resumed_run_goes_on_counting(run_it: Any) -> None:
+def test_a_resumed_run_goes_on_counting(run_it: Any, alone: Any) -> None:
     """Cut off between the best evaluation and the last one."""
-    steps = ("--eval_steps=2", "--save_steps=2", "--load_best_model_at_end", "--early_stopping_patience=3")
-    options = (
-        *LAYOUTS["one"],
-        *steps,
-        RATE,
-        "--lr_scheduler_type=constant",
-        "--num_train_epochs=8",
-        "--warmup_steps=0",
-    )
-    whole = run_it(*options)
-    best, stopped = whole.report["best_step"], whole.report["stopped_early_at_step"]
-    cut = run_it(*options, f"--max_steps={best + 2}")
+    best, stopped = alone.report["best_step"], alone.report["stopped_early_at_step"]
+    cut = run_it(*LAYOUTS["one"], *EVALUATE, *STEADY, "--save_steps=2", f"--max_steps={best + 2}")
     shutil.rmtree(cut.run / "adapter")
     config = cut.run / "config.yaml"
     config.write_text(config.read_text().replace(f"max_steps: {best + 2}", "max_steps: -1"))
-    run_it("resume", str(cut.run), base=False)
+    resumed = run_it("resume", str(cut.run), base=False)
+    assert f"resuming from checkpoint-{best + 2}" in resumed.out
     assert (cut.report["best_step"], cut.report["stopped_early_at_step"]) == (best, stopped)
-    assert cut.report["held_out_loss_after"] == pytest.approx(whole.report["held_out_loss_after"], rel=1e-6)
+    assert cut.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
 def test_a_run_without_an_evaluation_is_refused(run_it: Any) -> None:
@@ -119,11 +117,10 @@ def test_only_old_complete_checkpoints_go(keep: int | None, best: int | None, le
     assert names == sorted(["checkpoint-1", "checkpoint-mine", *(f"checkpoint-{step}" for step in left)])
 
 
-@pytest.mark.parametrize("layout", ["ddp", "split"])
-def test_the_best_of_all_weights_are_kept_too(layout: str, run_it: Any) -> None:
-    """Head and embedding are one weight here, in a split on two devices."""
+def test_the_best_of_all_weights_are_kept_too(run_it: Any) -> None:
+    """Head and embedding are one weight here, on two devices."""
     options = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
-    run = run_it(*LAYOUTS[layout], *options, RATE, "--num_train_epochs=8", "--warmup_steps=0")
+    run = run_it(*LAYOUTS["split"], *options, RATE, "--num_train_epochs=8", "--warmup_steps=0")
     best = run.report["best_step"]
     assert best < run.report["steps"]
     assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)

@@ -124,25 +124,16 @@ def test_the_plan_counts_what_the_report_will_count() -> None:
         assert predicted.peak_bytes == pytest.approx(full.devices[0].memory.peak_bytes, rel=0.002)
 
 
-def test_the_lengths_are_those_of_the_rows_trained_on(tied_model: Any, rows_file: Any) -> None:
-    options = {"model": str(tied_model), "dataset": str(rows_file), "val_size": 6, "max_seq_length": 64}
-    rows = measure_rows(make_config(options))
-    assert len(rows.lengths) == 53 and rows.longest == 64 and min(rows.lengths) < 20
-    assert 0 < rows.longest_held_out <= 64
-    with pytest.raises(ConfigError, match="nowhere"):
-        measure_rows(make_config({**options, "dataset": "nowhere.jsonl"}))
+def test_without_a_tokenizer_lengths_are_not_measured(rows_file: Any) -> None:
     with pytest.raises(ConfigError, match="tokenizer"):
-        measure_rows(make_config({**options, "model": "/nowhere"}))
+        measure_rows(make_config({"model": "/nowhere", "dataset": str(rows_file), "max_seq_length": 64}))
 
 
 def test_lengths_are_measured_once_for_what_they_depend_on(
     tied_model: Any, rows_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
-    model.mkdir()
-    for file in tied_model.glob("*.json*"):
-        shutil.copy(file, model / file.name)
+    model, data = shutil.copytree(tied_model, tmp_path / "model"), tmp_path / "rows.jsonl"
     shutil.copy(rows_file, data)
     config = make_config({"model": str(model), "dataset": str(data), "val_size": 6, "max_seq_length": 64})
     started: list[Any] = []
@@ -150,6 +141,9 @@ def test_lengths_are_measured_once_for_what_they_depend_on(
     monkeypatch.setattr(subprocess, "run", lambda *given, **how: started.append(given) or run(*given, **how))
     first = measure_rows(config)
     assert len(started) == 1
+    # Those of the rows trained on.
+    assert len(first.lengths) == 53 and first.longest == 64 and min(first.lengths) < 20
+    assert 0 < first.longest_held_out <= 64
     assert measure_rows(config).lengths == first.lengths and len(started) == 1
     # What is not of the rows changes nothing; what is, does.
     assert measure_rows(config.replace(learning_rate=1e-3, max_steps=3)).lengths == first.lengths and len(started) == 1

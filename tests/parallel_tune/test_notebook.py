@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 # In a process of its own: a kernel's libraries warn, and warnings are errors here.
@@ -93,7 +94,7 @@ manager.shutdown_kernel(now=True)
 
 def test_a_kernel_outlives_an_interrupted_run_and_starts_the_next(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
-    subprocess.run([sys.executable, ROOT / "tests" / "tiny_model.py", tmp_path / "tiny"], check=True, timeout=240)
+    make_tiny_model(tmp_path / "tiny")
     env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     env |= {"IPYTHONDIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", INTERRUPT, str(tmp_path / "tiny"), str(ROOT / "examples" / "short_answers.jsonl")]

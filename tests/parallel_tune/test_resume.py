@@ -139,8 +139,8 @@ def test_a_closed_terminal_stops_in_order(tune: Any, noting: dict[str, str], ali
     assert not alive(stopped.run)
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
-    run = unfinished_copy(ddp_run.run, tmp_path / "copy")
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, split_run: Any, tmp_path: Path) -> None:
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
     file = run / "checkpoint-20" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
@@ -148,17 +148,17 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, ddp_run: Any, tmp_p
     resumed = tune("resume", str(run), base=False)
     assert "checkpoint-20 is passed over: adapter_model.safetensors is not what was written" in resumed.err
     assert "resuming from checkpoint-16" in resumed.out
-    assert weights(run) == pytest.approx(weights(ddp_run.run), rel=1e-5, abs=1e-7)
+    assert weights(run) == pytest.approx(weights(split_run.run), rel=1e-5, abs=1e-7)
 
 
-def test_nothing_is_trained_after_the_last_step(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
+def test_nothing_is_trained_after_the_last_step(tune: Any, split_run: Any, tmp_path: Path) -> None:
     """The result was lost after the last checkpoint."""
-    run = unfinished_copy(ddp_run.run, tmp_path / "copy")
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
     resumed = tune("resume", str(run), base=False)
     assert "resuming from checkpoint-20" in resumed.out
     assert [row["step"] for row in resumed.metrics if "loss" in row][-1] == 20
-    assert resumed.report["steps"] == 20 and resumed.report["tokens"] == ddp_run.report["tokens"]
-    assert weights(run) == weights(ddp_run.run)
+    assert resumed.report["steps"] == 20 and resumed.report["tokens"] == split_run.report["tokens"]
+    assert weights(run) == weights(split_run.run)
 
 
 def unfinished_copy(run: Path, to: Path) -> Path:

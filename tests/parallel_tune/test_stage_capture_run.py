@@ -67,15 +67,12 @@ def installed(package: Any, folder: Path, masks: bool) -> dict[str, str]:
 OPTIONS = ("--hardware=cpu:2", "--pipeline=on")
 
 
-@pytest.fixture(scope="module")
-def eager(tune: Any) -> Any:
-    return tune("--strategy=model_parallel", *OPTIONS)
-
-
-def test_a_split_models_replayed_steps_train_as_eager_ones(tune: Any, package: Any, eager: Any, tmp_path: Path) -> None:
+def test_a_split_models_replayed_steps_train_as_eager_ones(
+    tune: Any, package: Any, split_run: Any, tmp_path: Path
+) -> None:
     run = tune("--strategy=recorded_split", *OPTIONS, env=installed(package, tmp_path, masks=True))
-    assert run.losses == pytest.approx(eager.losses, rel=1e-5)
-    assert run.report["held_out_loss_after"] == pytest.approx(eager.report["held_out_loss_after"], rel=1e-5)
+    assert run.losses == pytest.approx(split_run.losses, rel=1e-5)
+    assert run.report["held_out_loss_after"] == pytest.approx(split_run.report["held_out_loss_after"], rel=1e-5)
     assert (run.report["lanes"], run.report["lanes_reason"]) == (2, None)
     found = run.report["captured"]
     assert found["reason"] is None
@@ -88,10 +85,10 @@ def test_a_split_models_replayed_steps_train_as_eager_ones(tune: Any, package: A
 
 
 def test_a_stage_that_reads_on_the_host_trains_eagerly_and_the_report_says_why(
-    tune: Any, package: Any, eager: Any, tmp_path: Path
+    tune: Any, package: Any, split_run: Any, tmp_path: Path
 ) -> None:
     run = tune("--strategy=recorded_split", *OPTIONS, env=installed(package, tmp_path, masks=False))
-    assert run.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert run.losses == pytest.approx(split_run.losses, rel=1e-5)
     found = run.report["captured"]
     # Lists are made past torch's operations, so that the check of the recording has to find it out.
     assert "off those of the same step run eagerly" in found["reason"]

@@ -19,7 +19,7 @@ from strategies.contracts import Arrangement, Part, Plan
 from strategies.errors import ConfigError, RunFailed
 
 SHAPE = {
-    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
 ONE_CHOICE = (
@@ -63,7 +63,7 @@ def test_an_unknown_architecture_is_planned_by_its_trace(tmp_path: Path) -> None
 
     for device in made["devices"]:
         first, last = device["layers"]
-        part = Part(first, last, first == 0, last == 7)
+        part = Part(first, last, first == 0, last == 3)
         arrangement = Arrangement(1, 1, 2, "none")
         expected = trace_peak(facts, settings, part, arrangement, {"model_type": "olmo2", **SHAPE})
         if made["lanes"] == 1 or part.head:
@@ -93,7 +93,7 @@ def test_a_known_architecture_is_checked_and_keeps_its_closed_form(tmp_path: Pat
     [
         ({"model_type": "no-such-model"}, "transformers cannot build a 'no-such-model' model"),
         ({"model_type": "t5"}, "transformers cannot build a 't5' model"),
-        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 4}, "layers of the kind conv"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2}, "layers of the kind conv"),
         (
             {"model_type": "deepseek_v3", "first_k_dense_replace": 3, "n_routed_experts": 4},
             "layers of this deepseek_v3",
@@ -112,7 +112,7 @@ def test_adapters_that_find_no_linear_are_said_with_a_way_out() -> None:
     with TraceProcess(facts_from_config(config), config) as process:
         assert process.facts.modules.layers == "gpt_neox.layers"
         assert process.facts.modules.tail == ("gpt_neox.final_layer_norm",)
-        part, arrangement = Part(0, 7, True, True), Arrangement(1, 1, 1, "none")
+        part, arrangement = Part(0, 3, True, True), Arrangement(1, 1, 1, "none")
         with pytest.raises(ConfigError) as caught:
             process.trace(TrainingSettings(sequence_length=64), part, arrangement)
         assert "all-linear" in caught.value.hint
@@ -141,7 +141,7 @@ def test_an_unknown_architecture_trains_by_its_traced_plan(
 
     torch.manual_seed(0)
     values = {**SHAPE, "vocab_size": len(tiny_tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    config = AutoConfig.for_model("olmo2", **values | {"num_hidden_layers": 4, "num_attention_heads": 4})
+    config = AutoConfig.for_model("olmo2", **values | {"num_hidden_layers": 2, "num_attention_heads": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     ended = tune(
