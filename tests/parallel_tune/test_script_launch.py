@@ -80,14 +80,15 @@ def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_it
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path) -> None:
-    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("model_parallel", 1)])
+def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path, strategy: str, processes: int) -> None:
+    done = launch(tmp_path, "--strategy", strategy, "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == 2
+    assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == processes
     # Three steps of two rows a process, of 16.
     epoch = re.findall(r"'epoch': '([\d.]+)'", done.stdout)
-    assert float(epoch[-1]) == pytest.approx(3 * 2 * 2 / 16, rel=0.01)
+    assert float(epoch[-1]) == pytest.approx(3 * 2 * processes / 16, rel=0.01)
 
 
 def test_a_trainer_script_runs_in_one_process_too(tmp_path: Path, model: Path) -> None:
