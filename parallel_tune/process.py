@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -44,6 +45,8 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # The interpreter's end goes through all once more: triton's bindings complain of what is left.
+        atexit.register(gc.unfreeze)
 
 
 def _parent_of(pid: int) -> int:

@@ -46,9 +46,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collections of garbage pass over what the imports made."""
+    """Collections of garbage pass over what the imports made, but for the interpreter's last one."""
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)

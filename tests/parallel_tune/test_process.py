@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -44,3 +46,11 @@ def test_a_failed_import_leaves_collections_on(collections: list[str]) -> None:
         raise ImportError("no such library")
     assert gc.isenabled()
     assert many_objects() and collections
+
+
+def test_a_process_that_imported_so_ends_without_a_word() -> None:
+    """The last line of stderr is what a failed process is said to have died of."""
+    pytest.importorskip("triton")
+    program = "from parallel_tune.process import importing\nwith importing():\n    import triton._C.libtriton"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == done.stderr == ""
