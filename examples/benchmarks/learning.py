@@ -24,13 +24,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from children import end_orderly
-from running import say, told, train, write_whole
+from running import say, told, train
 
 from parallel_tune.demo import PROMPT, default_model_dir, example_dataset
 from parallel_tune.demo_model import fetch_demo_model
 from parallel_tune.engines import installed
 from parallel_tune.generation import answer
 from parallel_tune.hardware import probe
+from parallel_tune.outcome import write_atomically
 from parallel_tune.report import versions
 
 Row = dict[str, Any]
@@ -126,7 +127,7 @@ def main(arguments: list[str]) -> Path:
                 found[jobs[job]] = job.result()
                 rows = with_distances([found[case] for case in cases if case in found])
                 record |= {"rows": rows, "figures": figures(rows)}
-                write_whole(path, json.dumps(record, indent=1) + "\n")
+                write_atomically(path, json.dumps(record, indent=1) + "\n")
                 shown = {name: value for name, value in found[jobs[job]].items() if name != "losses"}
                 print(json.dumps(shown), flush=True)
         except BaseException:

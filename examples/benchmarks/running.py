@@ -18,6 +18,8 @@ from typing import Any
 
 from children import bound, end
 
+from parallel_tune.outcome import write_atomically
+
 HERE = Path(__file__).resolve().parent
 MODEL_SECONDS = 300
 """In which a random model must be made."""
@@ -232,14 +234,7 @@ class Record:
         self.content["versions"] |= kept.pop("versions", {})
         self.content["rows"].append(kept)
         self.content["figures"] = conclude(self.content["rows"])
-        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def told(arguments: Sequence[str]) -> list[str]:
