@@ -93,7 +93,8 @@ ROWS: tuple[Row, ...] = (
     Row("qwen3-4b unsloth captured full rows", "qwen3-4b", UNSLOTH, "lora", 1024, 2, "none", "full", 1, 17, True),
     Row("qwen2-1.5b padded short", "qwen2-1.5b", HF, "4bit", 1024, 10, "none", "short", options=PADDED),
     Row("qwen3-4b unsloth offloaded", "qwen3-4b", UNSLOTH, "lora", 8192, 1, "unsloth"),
-    Row("qwen2-1.5b unsloth full", "qwen2-1.5b", UNSLOTH, "full", 1024, 2, "none", options=EIGHT_BIT),
+    Row("qwen3-4b unsloth full", "qwen3-4b", UNSLOTH, "full", 1024, 1, "none", options=EIGHT_BIT),
+    Row("llama-3b unsloth full, kept", "llama-3b", UNSLOTH, "full", 1536, 2, "none", options=EIGHT_BIT),
     Row("qwen2-1.5b unsloth nf4 recomputed", "qwen2-1.5b", UNSLOTH, "4bit", 2048, 3, "full"),
     Row("phi3-mini full recomputed 8-bit", "phi3-mini", HF, "full", 1024, 2, "full", options=EIGHT_BIT),
     Row("mistral-7b unsloth joined short", "mistral-7b", UNSLOTH, "lora", 1024, 4, "none", "short"),
@@ -119,6 +120,7 @@ ROWS: tuple[Row, ...] = (
 """All but those whose length follows from the card, which prediction.py makes."""
 
 SEEN_ROWS: tuple[Row, ...] = (
+    Row("qwen2-1.5b unsloth full", "qwen2-1.5b", UNSLOTH, "full", 1024, 2, "none", options=EIGHT_BIT),
     Row("llama-3b unsloth full", "llama-3b", UNSLOTH, "full", 1536, 2, "full", options=EIGHT_BIT),
     Row("llama-3b captured mixed", "llama-3b", HF, "lora", 1536, 2, "none", "mixed", 4, 12, True),
     Row("qwen3-4b unsloth", "qwen3-4b", UNSLOTH, "lora", 1536, 3, "none"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from parallel_tune.memory import operations as ops
+from parallel_tune.memory.compiled_tape import compiled_layer
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.feed_forward import dense_feed_forward, mixture
 from parallel_tune.memory.operations import Scene
@@ -78,6 +79,8 @@ def _decoder_layer(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, micr
     """
     if scene.settings.engine == "unsloth" and scene.settings.method == "lora" and not scene.settings.use_dora:
         return unsloth_layer(tape, scene, facts, layer, micro_batch, source)
+    if scene.settings.engine == "unsloth" and scene.settings.method == "full" and not facts.is_mixture(layer):
+        return compiled_layer(tape, scene, facts, layer, micro_batch, source)
     normed = _norm(tape, scene, facts, source)
     inner = _attention(tape, scene, facts, layer, micro_batch, normed)
     tape.drop(normed)
