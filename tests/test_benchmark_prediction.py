@@ -256,3 +256,10 @@ class FakeModels:
 
     def close(self) -> None:
         pass
+
+
+def test_a_model_is_written_only_where_the_disk_has_room(module: Any, tmp_path: Path) -> None:
+    wait_for_room = module("filled_models").wait_for_room
+    wait_for_room(tmp_path, 0, seconds=0)
+    with pytest.raises(OSError, match=r"needs 1048576\.0 GiB, [\d.]+ GiB are free"):
+        wait_for_room(tmp_path, 1 << 50, seconds=0)

@@ -2,13 +2,16 @@
 
     python examples/benchmarks/filled_models.py FOLDER SHAPE [SHAPE ...]
 
-A folder FOLDER/SHAPE is complete when its config.json is there. Weights repeat a block of random numbers whose length
+A folder FOLDER/SHAPE is complete when its config.json is there. Where the disk has no room, the next model waits for
+others to be removed, a few minutes at most. Weights repeat a block of random numbers whose length
 is prime, so that no two rows of a matrix are equal.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from shapes import make_config
 
 BLOCK = 1_000_003
 SPREAD = 0.02
+SPARE_BYTES = 2 << 30
+ROOM_SECONDS = 300
 
 
 def make_filled(shape: str, folder: Path) -> Path:
@@ -32,10 +37,25 @@ def make_filled(shape: str, folder: Path) -> Path:
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * SPREAD).bfloat16()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    held = {name: _filled(block, tensor) for name, tensor in model.state_dict().items() if name not in tied}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    wait_for_room(folder, sum(tensor.nbytes for tensor in wanted.values()))
+    held = {name: _filled(block, tensor) for name, tensor in wanted.items()}
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     return folder
+
+
+def wait_for_room(folder: Path, size_bytes: int, seconds: float = ROOM_SECONDS) -> None:
+    """Return once the disk has so much room and some to spare.
+
+    Raises:
+        OSError: it had not after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while (free := shutil.disk_usage(folder).free) < size_bytes + SPARE_BYTES:
+        if time.monotonic() > deadline:
+            raise OSError(f"{folder} needs {size_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on its disk")
+        time.sleep(0.5)
 
 
 def _filled(block: Any, like: Any) -> Any:
