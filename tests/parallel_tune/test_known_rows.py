@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,37 @@ def test_the_plan_counts_what_the_report_will_count() -> None:
 def test_without_a_tokenizer_lengths_are_not_measured(rows_file: Any) -> None:
     with pytest.raises(ConfigError, match="tokenizer"):
         measure_rows(make_config({"model": "/nowhere", "dataset": str(rows_file), "max_seq_length": 64}))
+
+
+def test_lengths_are_measured_without_torch_unless_the_tokenizer_needs_it(
+    tied_model: Any, rows_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"model": str(tied_model), "dataset": str(rows_file), "max_seq_length": 64})
+    config = config.replace(data_cache=False)
+    first = measure_rows(config)
+    commands: list[list[str]] = []
+    run = subprocess.run
+
+    def with_a_needy_tokenizer(command: list[str], **how: Any) -> Any:
+        """The same process, in which transformers' own way to a tokenizer imports torch."""
+        commands.append(command)
+        needy = (
+            "import sys; from transformers import AutoTokenizer; load = AutoTokenizer.from_pretrained\n"
+            "def needy(*given): import torch; return load(*given)\n"
+            "AutoTokenizer.from_pretrained = needy; sys.argv = sys.argv[1:]\n"
+            "from parallel_tune.data.measure import main; main()"
+        )
+        return run([command[0], "-c", needy, *command[3:]], **how)
+
+    monkeypatch.setattr(subprocess, "run", with_a_needy_tokenizer)
+    assert measure_rows(config).lengths == first.lengths
+    assert [command[-1] == "--without-torch" for command in commands] == [True, False]
+    log = tmp_path / "imports.txt"
+    command = [sys.executable, "-X", "importtime", "-m", "parallel_tune.data.measure", tmp_path / "out.json"]
+    with log.open("w") as errors:
+        run([*command, "--without-torch"], input=config.to_yaml(), text=True, stderr=errors, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in log.read_text().splitlines()}
+    assert "transformers" in imported and not any(name == "torch" or name.startswith("torch.") for name in imported)
 
 
 def test_lengths_are_measured_once_for_what_they_depend_on(
