@@ -10,6 +10,7 @@ from parallel_tune import export_after, trackers
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.loading import read_text
 from parallel_tune.engines import installed
+from parallel_tune.unneeded import needs_bitsandbytes
 from strategies.errors import ConfigError
 
 
@@ -32,7 +33,6 @@ def check_needs(config: TrainConfig, run: Path | None = None) -> None:
 
 def check_bitsandbytes(config: TrainConfig) -> None:
     """Refuse 4-bit weights and bitsandbytes' optimizers without bitsandbytes."""
-    optimizer = any(part in config.optim for part in ("8bit", "paged", "lion", "bnb"))
-    if (config.load_in_4bit or optimizer) and not installed("bitsandbytes"):
+    if needs_bitsandbytes(config) and not installed("bitsandbytes"):
         asked = "load_in_4bit" if config.load_in_4bit else f"optim = {config.optim!r}"
         raise ConfigError(f"{asked} needs bitsandbytes, which is not installed", "`pip install bitsandbytes`.")

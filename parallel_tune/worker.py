@@ -102,13 +102,17 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     # TensorBoard's own default is a folder in the working directory.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     from parallel_tune.engines import open_engine
+    from parallel_tune.unneeded import leave_out, unneeded_packages
     from strategies.registry import load_registry
 
     if use is None:
         use = look_before(os.environ) if plan.devices[0].kind == "cuda" else CardUse()
+    strategy = load_registry().get(plan.strategy)
+    if type(strategy).__module__.startswith("strategies."):  # another's may import what it likes
+        leave_out(unneeded_packages(config, plan.engine))
     with importing():
         # The session chooses the process's device: Unsloth's import uses the current one, which is card 0 until then.
-        session = load_registry().get(plan.strategy).open(plan, config.ddp_timeout)
+        session = strategy.open(plan, config.ddp_timeout)
         engine = open_engine(plan.engine)
         engine.prepare()  # before transformers, trl and peft are imported
 

@@ -1,4 +1,5 @@
-"""What do garbage collections cost while a worker imports its libraries? Both ways in turn, each in a fresh process.
+"""What do garbage collections cost while a worker imports its libraries, and what do quantizers that it has no use for?
+All ways in turn, each in a fresh process: with collections ("on"), without ("off"), without both ("lean").
 
 python examples/benchmarks/imports.py [--repeat 7] [--engines transformers,unsloth] [--results FOLDER]
 """
@@ -17,12 +18,16 @@ from running import Record, hardware_name
 
 from parallel_tune.report import versions
 
+WAYS = ("on", "off", "lean")
 PROGRAM = """
 import contextlib, gc, os, resource, sys, time
 from parallel_tune.engines import open_engine
 from parallel_tune.process import importing
+from parallel_tune.unneeded import QUANTIZERS, leave_out
+if sys.argv[2] == "lean":
+    leave_out(QUANTIZERS)
 began = time.monotonic()
-with importing() if sys.argv[2] == "off" else contextlib.nullcontext():
+with contextlib.nullcontext() if sys.argv[2] == "on" else importing():
     open_engine(sys.argv[1]).prepare()
     import parallel_tune.training
 seconds = time.monotonic() - began
@@ -48,10 +53,10 @@ def one_import(engine: str, collections: str) -> dict[str, Any]:
 
 
 def conclude(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and spread of each engine both ways, and the share of the time that is spared."""
+    """Medians and spread of each engine all ways, and the shares of the time that are spared."""
     figures: dict[str, Any] = {}
     for engine in dict.fromkeys(row["engine"] for row in rows):
-        for collections in ("on", "off"):
+        for collections in WAYS:
             chosen = [row for row in rows if (row["engine"], row["collections"]) == (engine, collections)]
             if not chosen:
                 continue
@@ -65,6 +70,9 @@ def conclude(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if f"{engine}_off" in figures:
             ratio = figures[f"{engine}_off"]["import_seconds"] / figures[f"{engine}_on"]["import_seconds"]
             figures[f"{engine}_spared"] = round(1 - ratio, 3)
+        if f"{engine}_lean" in figures:
+            ratio = figures[f"{engine}_lean"]["import_seconds"] / figures[f"{engine}_off"]["import_seconds"]
+            figures[f"{engine}_spared_by_lean"] = round(1 - ratio, 3)
     return figures
 
 
@@ -79,7 +87,7 @@ def main(arguments: list[str]) -> Path:
     for engine in options.engines.split(","):
         one_import(engine, "on")  # files read once, bytecode written
         for _ in range(options.repeat):
-            for collections in ("on", "off"):
+            for collections in WAYS if engine == "transformers" else WAYS[:2]:  # Unsloth needs both quantizers
                 row = one_import(engine, collections)
                 print(row, flush=True)
                 record.add({**row, "versions": versions()}, conclude)
