@@ -39,7 +39,7 @@ def busy_shares(segments: Sequence[Segment], num_stages: int) -> list[float]:
     return [seconds / whole if whole > 0 else 0.0 for seconds in busy]
 
 
-ALIGNING_TRIES = 8
+ALIGNING_TRIES = 4
 
 
 class Clock:
