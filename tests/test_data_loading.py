@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,13 @@ def test_the_hub_is_asked_for_id_subset_and_split(monkeypatch: pytest.MonkeyPatc
         ("a.json", "7", "int"),
         ("a.csv", "text,more\na,b\nc\n", "line 3"),
         ("a.csv", "text\na,b\n", "line 2"),
+        ("a.csv", 'text\na\n"b\nc\nd\n', "row from line 3"),
+        ("a.csv", 'text\n"a" b\n', "row from line 2"),
+        ("a.csv", "text,text\na,b\n", "'text' more than once"),
+        ("a.csv", "instruction;output\na, b;c\n", "not by ';'"),
+        ("a.tsv", "instruction,output\na,b\n", "not by ','"),
+        ("a.json", "[" * 100_000, "recursion"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", "line 2: cannot be read"),
         ("a.parquet", "PAR0", "not Parquet"),
         ("a.jsonl", "", "no rows"),
         ("a.txt", "hello", "of no kind"),
@@ -138,6 +146,18 @@ def test_a_broken_file_names_the_place(tmp_path: Path, name: str, content: str, 
     message = failure(str(tmp_path / name))
     assert seen in message
     assert name in message
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert "names nothing" in failure(name)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "neither a file nor a folder" in failure(str(tmp_path / "a.jsonl"))
 
 
 def test_other_bytes_than_utf8(tmp_path: Path) -> None:

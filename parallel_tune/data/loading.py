@@ -49,6 +49,8 @@ def local_files(dataset: str, split: str | None = None) -> list[Path] | None:
     Raises:
         ConfigError: it looks like a path and is not there, or has no files for the split.
     """
+    if not dataset.strip():  # Path("") is the working directory, whose files nobody meant
+        raise ConfigError(f"dataset {dataset!r} names nothing", "give a file, a folder or a Hub id")
     path = Path(dataset).expanduser()
     if path.exists():
         return _files(path, _parse_split(split)["name"])
@@ -99,6 +101,8 @@ def _files(path: Path, split: str) -> list[Path]:
                 f"{path} is one file and has no split {split!r}", "leave the split away, or name its file"
             )
         return [path]
+    if not path.is_dir():  # a pipe can be read once, and each process reads the data
+        raise ConfigError(f"{path} is neither a file nor a folder", "write the rows to a file, and name that")
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and not _hidden(f.relative_to(path)))
     if not files:
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
@@ -140,10 +144,25 @@ def _read(file: Path) -> list[Row]:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}", "check the file and its rights") from error
 
 
+def _decoded(text: str, file: Path, line: int | None = None) -> Any:
+    """What JSON says; `json.JSONDecodeError` where it is none.
+
+    Raises:
+        ConfigError: it is JSON, and Python will not read it.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        where = f"{file}, line {line}" if line is not None else str(file)
+        raise ConfigError(f"{where}: cannot be read ({str(error).split(';')[0]})", "correct that value") from error
+
+
 def _json(file: Path) -> list[Row]:
     text = file.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text)
+        value = _decoded(text, file)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one value a line, under the other name
             return _jsonl(file)
@@ -168,7 +187,7 @@ def _jsonl(file: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                rows.append(_object(json.loads(line), f"{file}, line {number}"))
+                rows.append(_object(_decoded(line, file, number), f"{file}, line {number}"))
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{file}, line {number}: not JSON ({error.msg})", "correct that line") from error
     return rows
@@ -182,22 +201,47 @@ def _object(value: Any, where: str) -> Row:
 
 def _csv(file: Path) -> list[Row]:
     limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    began = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
+            # Strict, since a quote that nothing closes would take all that follows into one field.
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            heading = next(reader, [])
+            _check_heading(heading, delimiter, file)
+            rows: list[Row] = []
+            began = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(heading):
                     raise ConfigError(
-                        f"{file}, line {reader.line_num}: not the {len(reader.fieldnames or ())} fields of its heading",
+                        f"{file}, line {reader.line_num}: {len(fields)} fields, and the heading has {len(heading)} "
+                        f"({', '.join(heading)})",
                         "put a text that holds commas, quotes or line ends in double quotes",
                     )
-                rows.append(dict(row))
+                if fields:  # a blank line has none
+                    rows.append(dict(zip(heading, fields, strict=True)))
+                began = reader.line_num + 1
             return rows
     except csv.Error as error:
-        raise ConfigError(f"{file}: not CSV ({error})", "check its quotes") from error
+        raise ConfigError(
+            f"{file}, row from line {began}: not CSV ({error})",
+            'close each quote, and write a quote within a quoted text twice ("")',
+        ) from error
     finally:
         csv.field_size_limit(limit)  # the limit is the csv module's own global
+
+
+def _check_heading(heading: list[str], delimiter: str, file: Path) -> None:
+    other = next((mark for mark in (";", "\t", "|", ",") if mark in "".join(heading) and mark != delimiter), None)
+    if other is not None and len(heading) == 1:
+        raise ConfigError(
+            f"{file}: its heading {heading[0][:60]!r} is one field, since {file.suffix} files separate fields by "
+            f"{delimiter!r}, not by {other!r}",
+            "save it with that separator, or as .tsv if tabs separate its fields",
+        )
+    twice = sorted({name for name in heading if heading.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{file}: its heading has {twice[0]!r} more than once", "give each column a name of its own")
 
 
 def _parquet(file: Path) -> list[Row]:
