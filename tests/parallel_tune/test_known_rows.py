@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, meas
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.prediction import TrainedRows, predict_for_rows
+from parallel_tune.process import WATCHER
 from parallel_tune.sampler import GlobalBatches
 from strategies.contracts import Arrangement, Plan
 from strategies.errors import ConfigError
@@ -196,6 +198,25 @@ def test_lengths_are_measured_once_for_what_they_depend_on(
     template = json.loads((model / "tokenizer_config.json").read_text())
     (model / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + str(template.get("chat_template", "")))
     assert lengths_file(config) is None
+
+
+def test_the_process_that_measures_ends_with_the_command(tmp_path: Path) -> None:
+    """Also where the command is killed, so that nobody reads a large dataset for nothing."""
+    start = (
+        "import os, subprocess, sys\n"
+        f"os.environ[{WATCHER!r}] = str(os.getpid())\n"
+        "command = [sys.executable, '-P', '-m', 'parallel_tune.data.measure', sys.argv[1]]\n"
+        "measuring = subprocess.Popen(command)\n"
+        "print(measuring.pid, flush=True)\n"
+        "measuring.wait()"
+    )
+    command = [sys.executable, "-c", start, str(tmp_path / "lengths.json")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        measuring = psutil.Process(int(parent.stdout.readline()))  # it waits for its settings
+        parent.kill()
+        parent.wait()
+        measuring.wait(60)
 
 
 def test_a_run_plans_for_its_rows(tune: Any, single_run: Any) -> None:
