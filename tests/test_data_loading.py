@@ -76,6 +76,30 @@ def test_a_folder_is_read_whole_or_by_split(tmp_path: Path) -> None:
     assert "test, train" in failure(str(tmp_path / "split"), "validation")
 
 
+def test_a_folder_never_leaves_data_out_unsaid(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    write(folder / "some.jsonl", ROWS)
+    write(folder / "evaluation.jsonl", ROWS[1:])
+    assert load_rows(str(folder)) == ROWS  # none is named after train
+    assert load_rows(str(folder), "eval") == ROWS[1:]
+    write(folder / "training.jsonl", ROWS[:1])
+    message = failure(str(folder))
+    assert "training.jsonl to train on, and some.jsonl, whose name tells no split" in message
+    (folder / "some.jsonl").rename(tmp_path / "some.jsonl")
+    assert load_rows(str(folder)) == ROWS[:1]
+    (folder / "train-2.jsonl.gz").write_bytes(b"")
+    assert "compressed data, train-2.jsonl.gz" in failure(str(folder))
+
+
+def test_a_folder_is_read_through_links(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", ROWS[1:])
+    write(tmp_path / "rows" / "a.jsonl", ROWS[:1])
+    (tmp_path / "rows" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "loop").symlink_to(tmp_path / "rows")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    assert load_rows(str(tmp_path / "rows")) == load_rows(str(tmp_path / "link")) == ROWS
+
+
 def test_part_of_a_split(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.jsonl", [{"text": str(number)} for number in range(10)]))
     assert [row["text"] for row in load_rows(path, "train[:3]")] == ["0", "1", "2"]

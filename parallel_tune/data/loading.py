@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ Row = dict[str, Any]
 
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-_SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+_SPLITS = {name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval")}
+_SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def load_rows(dataset: str, split: str | None = None, subset: str | None = None) -> Sequence[Row]:
@@ -27,7 +30,8 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
         dataset: a JSON, JSONL, CSV, TSV or Parquet file, a folder of such files, or else the dataset's id on the Hub.
             What exists on disk is taken before the Hub is asked.
         split: "train" (the default), "test", ..., or a part of one: "train[:100]", "train[10%:20%]". In a folder, files
-            named after splits (train-00000.parquet, test.jsonl) are told apart by it; other files are the train split.
+            named after splits (train-00000.parquet, test.jsonl) are told apart by it; where none is named after train,
+            other files are the train split.
         subset: a Hub dataset's configuration, where it has several.
     """
     rows: Sequence[Row]
@@ -103,22 +107,50 @@ def _files(path: Path, split: str) -> list[Path]:
         return [path]
     if not path.is_dir():  # a pipe can be read once, and each process reads the data
         raise ConfigError(f"{path} is neither a file nor a folder", "write the rows to a file, and name that")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and not _hidden(f.relative_to(path)))
+    there = [f for f in _walk(path) if not _hidden(f.relative_to(path))]
+    packed = [f for f in there if f.suffix.lower() in COMPRESSED and Path(f.stem).suffix.lower() in READERS]
+    if packed:
+        raise ConfigError(f"folder {path} has compressed data, {packed[0].name}", "unpack it, or take it out")
+    files = [f for f in there if f.suffix.lower() in READERS]
     if not files:
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         raise ConfigError(
             f"folder {path} has no data files (it holds {found})", f"files may end in {' '.join(READERS)}"
         )
-    named = {f: name for f in files if (name := _split_of(f.relative_to(path)))}
-    if not named:
-        named = dict.fromkeys(files, "train")
-    chosen = [f for f in files if named.get(f) == split]
+    splits = {f: _split_of(f.relative_to(path)) for f in files}
+    chosen = [f for f in files if splits[f] == split]
+    if split == "train":
+        others = [f for f in files if splits[f] is None]
+        if chosen and others:
+            raise ConfigError(
+                f"folder {path} has {chosen[0].name} to train on, and {others[0].name}, whose name tells no split",
+                "name one of the files, or put train, test or validation into each file's name",
+            )
+        chosen = chosen or others
     if not chosen:
         raise ConfigError(
             f"folder {path} has no file for split {split!r}",
-            f"its files are for: {', '.join(sorted(set(named.values())))}",
+            f"its files are for: {', '.join(sorted({name or 'train' for name in splits.values()}))}",
         )
     return chosen
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, in order, those in linked folders too, each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", "check the folder and its rights")
+
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        files += [Path(root, name) for name in names]
+    return sorted(files)
 
 
 def _hidden(relative: Path) -> bool:
@@ -129,7 +161,7 @@ def _hidden(relative: Path) -> bool:
 def _split_of(relative: Path) -> str | None:
     """The split that a file's folder or name tells: test/a.json, test-00000-of-00001.parquet, my_test.jsonl."""
     words = [word for part in reversed(relative.with_suffix("").parts) for word in re.split(r"[-_.]", part.lower())]
-    return next((word for word in words if word in _SPLIT_NAMES), None)
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def _read(file: Path) -> list[Row]:
