@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from parallel_tune.config import make_config
 from parallel_tune.data import load_rows
+from parallel_tune.data.loading import read_text
 from strategies.errors import ConfigError
 
 ROWS = [
@@ -182,6 +184,14 @@ def test_no_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytes
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     assert "neither a file nor a folder" in failure(str(tmp_path / "a.jsonl"))
+    assert "standard input" in failure("-")
+    with pytest.raises(ConfigError, match="is not a file"):
+        read_text(str(tmp_path / "a.jsonl"))
+
+
+def test_no_text_is_not_the_default_dataset() -> None:
+    with pytest.raises(ConfigError, match="names nothing"):
+        make_config({"raw_text_file": ""})
 
 
 def test_other_bytes_than_utf8(tmp_path: Path) -> None:

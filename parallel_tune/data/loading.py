@@ -53,6 +53,8 @@ def local_files(dataset: str, split: str | None = None) -> list[Path] | None:
     Raises:
         ConfigError: it looks like a path and is not there, or has no files for the split.
     """
+    if dataset == "-":
+        raise ConfigError("dataset '-' is standard input, and each process reads the data", "write the rows to a file")
     if not dataset.strip():  # Path("") is the working directory, whose files nobody meant
         raise ConfigError(f"dataset {dataset!r} names nothing", "give a file, a folder or a Hub id")
     path = Path(dataset).expanduser()
@@ -77,6 +79,8 @@ def read_text(name: str) -> str:
         ConfigError: it is not there, is a folder, or is not UTF-8.
     """
     path = Path(name).expanduser()
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe without a writer would never end
+        raise ConfigError(f"{name} is not a file", "write the text to a file, and name that")
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
