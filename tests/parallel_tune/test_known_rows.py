@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from parallel_tune.config import TrainConfig, make_config
 from parallel_tune.data.known_lengths import lengths_file
+from parallel_tune.engines.transformers import load_tokenizer
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, measure_rows
 from parallel_tune.memory.lookup import load_model_facts
@@ -130,6 +131,13 @@ def test_the_plan_counts_what_the_report_will_count() -> None:
 def test_without_a_tokenizer_lengths_are_not_measured(rows_file: Any) -> None:
     with pytest.raises(ConfigError, match="tokenizer"):
         measure_rows(make_config({"model": "/nowhere", "dataset": str(rows_file), "max_seq_length": 64}))
+
+
+def test_a_broken_tokenizer_is_not_blamed_on_the_rows(tied_model: Any, tmp_path: Path) -> None:
+    model = shutil.copytree(tied_model, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"cannot load the tokenizer of '{model}': KeyError"):
+        load_tokenizer(make_config({"model": str(model)}))
 
 
 def test_lengths_are_measured_without_torch_unless_the_tokenizer_needs_it(
