@@ -26,8 +26,7 @@ def dataset_path(dataset: object) -> str:
     """
     if isinstance(dataset, str | os.PathLike):
         return os.fspath(dataset)
-    to_records = getattr(dataset, "to_dict", None) if hasattr(dataset, "columns") else None  # pandas
-    rows: Any = to_records("records") if to_records is not None else dataset
+    rows: Any = _records(dataset) if hasattr(dataset, "notna") and hasattr(dataset, "columns") else dataset
     if isinstance(rows, Mapping):
         raise ConfigError(
             f"the dataset is a {type(dataset).__name__} with {', '.join(map(str, rows))}, not rows",
@@ -66,12 +65,26 @@ def model_name(model: object) -> str:
     )
 
 
+def _records(frame: Any) -> Any:
+    """Rows of a DataFrame, in which NaN stands for what is missing."""
+    if not frame.columns.is_unique:
+        twice = sorted({str(name) for name in frame.columns[frame.columns.duplicated()]})
+        raise ConfigError(f"the DataFrame has more than one column {twice[0]!r}", "Give each a name of its own.")
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
 def _line(number: int, row: object) -> str:
     if not isinstance(row, Mapping):
         raise ConfigError(
             f"row {number} of the dataset is a {type(row).__name__}, not a dict", 'Write {"text": ...}, for example.'
         )
     try:
-        return json.dumps(dict(row), ensure_ascii=False) + "\n"
-    except TypeError as error:
+        line = json.dumps(dict(row), ensure_ascii=False) + "\n"
+        line.encode()  # halves of characters cannot be written
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"row {number} of the dataset holds {error.object[error.start]!r}, half of a character", "Correct that row."
+        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"row {number} of the dataset is no JSON: {error}", "Give texts, numbers, lists.") from error
+    return line

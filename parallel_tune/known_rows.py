@@ -17,6 +17,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data.known_lengths import keep_lengths, lengths_file, read_lengths
 from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.unsloth_tape import mean_spare_tokens
+from parallel_tune.process import WATCHER
 from parallel_tune.sampler import GlobalBatches
 from strategies.base import Estimator
 from strategies.batching import DEFAULT_ACCUMULATION, DEFAULT_MICRO_BATCH
@@ -153,7 +154,7 @@ def measure_rows(config: TrainConfig) -> KnownRows:
                 [sys.executable, "-P", "-m", "parallel_tune.data.measure", str(found), *options],
                 input=config.to_yaml(),
                 text=True,
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"},
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1", WATCHER: str(os.getpid())},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 check=False,

@@ -137,6 +137,8 @@ def _check_data(config: TrainConfig) -> None:
             f"raw_text_file = {config.raw_text_file!r} and dataset = {config.dataset!r} are both to be learned",
             "Keep one of them.",
         )
+    if config.raw_text_file is not None and not config.raw_text_file.strip():
+        raise ConfigError(f"raw_text_file = {config.raw_text_file!r} names nothing", "Name a file, or leave it out.")
     for name in ("chunk_size", "stride"):
         if config.raw_text is None and getattr(config, name) is not None:
             raise ConfigError(f"{name} is about raw text, and none is given", "Add --raw_text_file, or drop it.")

@@ -283,3 +283,14 @@ def test_a_file_to_labels(tmp_path: Path, smol: Any) -> None:
     rows, report = encode_rows(load_rows(str(path)), smol, 100, answers_only=True)
     assert learned(rows[0], smol) == "hi\nhi<|im_end|>"
     assert report.format == "alpaca"
+
+
+def test_columns_that_are_not_used_are_said(tiny: Any) -> None:
+    """A system prompt in a column of its own would be missed otherwise."""
+    turns = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": "the answer"}]
+    _, report = encode_rows([{"system": "Be brief.", "messages": turns}], tiny, 100)
+    assert report.unused_columns == ("system",) and report.summary().endswith("; columns not used: system")
+    many = {"text": "the answer", **{f"c{number}": None for number in range(7)}}
+    assert encode_rows([many], tiny, 100)[1].summary().endswith("columns not used: c0, c1, c2, c3, c4 and 2 more")
+    _, plain = encode_rows([{"instruction": "that", "input": "", "output": "this"}], tiny, 100)
+    assert plain.unused_columns == () and "not used" not in plain.summary()

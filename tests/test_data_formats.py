@@ -64,6 +64,13 @@ def test_parts_of_text_are_joined_and_empty_keys_left_out() -> None:
     assert row == Conversation([{"role": "user", "content": "a!"}, {**TURNS[1], "name": "Bo"}])
 
 
+def test_a_turn_is_read_from_the_names_that_are_filled() -> None:
+    """Parquet files hold all columns of all turns."""
+    filled = [{"role": None, "content": None, **turn} for turn in SHARED]
+    assert read({"conversations": filled}) == Conversation(TURNS)
+    assert detect_format(["messages"], {"messages": [{**TURNS[0], "from": None}]}).kind == "messages"
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -92,7 +99,14 @@ def test_rows_without_text_or_answer_are_empty(row: dict[str, Any]) -> None:
         ({"messages": [{"role": "narrator", "content": "a"}]}, "role 'narrator'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "calls tools"),
+        ({"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "calls tools"),
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "weight 0"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "role ['user']"),
+        ({"messages": [{"role": "user", "text": "a"}, TURNS[1]]}, "without content (it has role, text)"),
+        ({"conversations": [SHARED[0], {"from": "gpt", "text": "b"}]}, "without content (it has from, text)"),
+        ({"messages": "[]"}, "messages (messages is of type str, not a list)"),
         ({"prompt": "a", "completion": TURNS[1:]}, "'prompt' is str 'a', not a list"),
+        ({"text": "so \ud83d"}, "row 1: 'text' holds '\\ud83d', half of a character, after 'so '"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_row(row: dict[str, Any], seen: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from parallel_tune.config import make_config
 from parallel_tune.data import load_rows
+from parallel_tune.data.loading import read_text
 from strategies.errors import ConfigError
 
 ROWS = [
@@ -75,6 +78,30 @@ def test_a_folder_is_read_whole_or_by_split(tmp_path: Path) -> None:
     assert "test, train" in failure(str(tmp_path / "split"), "validation")
 
 
+def test_a_folder_never_leaves_data_out_unsaid(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    write(folder / "some.jsonl", ROWS)
+    write(folder / "evaluation.jsonl", ROWS[1:])
+    assert load_rows(str(folder)) == ROWS  # none is named after train
+    assert load_rows(str(folder), "eval") == ROWS[1:]
+    write(folder / "training.jsonl", ROWS[:1])
+    message = failure(str(folder))
+    assert "training.jsonl to train on, and some.jsonl, whose name tells no split" in message
+    (folder / "some.jsonl").rename(tmp_path / "some.jsonl")
+    assert load_rows(str(folder)) == ROWS[:1]
+    (folder / "train-2.jsonl.gz").write_bytes(b"")
+    assert "compressed data, train-2.jsonl.gz" in failure(str(folder))
+
+
+def test_a_folder_is_read_through_links(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "b.jsonl", ROWS[1:])
+    write(tmp_path / "rows" / "a.jsonl", ROWS[:1])
+    (tmp_path / "rows" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "loop").symlink_to(tmp_path / "rows")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    assert load_rows(str(tmp_path / "rows")) == load_rows(str(tmp_path / "link")) == ROWS
+
+
 def test_part_of_a_split(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.jsonl", [{"text": str(number)} for number in range(10)]))
     assert [row["text"] for row in load_rows(path, "train[:3]")] == ["0", "1", "2"]
@@ -128,6 +155,13 @@ def test_the_hub_is_asked_for_id_subset_and_split(monkeypatch: pytest.MonkeyPatc
         ("a.json", "7", "int"),
         ("a.csv", "text,more\na,b\nc\n", "line 3"),
         ("a.csv", "text\na,b\n", "line 2"),
+        ("a.csv", 'text\na\n"b\nc\nd\n', "row from line 3"),
+        ("a.csv", 'text\n"a" b\n', "row from line 2"),
+        ("a.csv", "text,text\na,b\n", "'text' more than once"),
+        ("a.csv", "instruction;output\na, b;c\n", "not by ';'"),
+        ("a.tsv", "instruction,output\na,b\n", "not by ','"),
+        ("a.json", "[" * 100_000, "recursion"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", "line 2: cannot be read"),
         ("a.parquet", "PAR0", "not Parquet"),
         ("a.jsonl", "", "no rows"),
         ("a.txt", "hello", "of no kind"),
@@ -138,6 +172,26 @@ def test_a_broken_file_names_the_place(tmp_path: Path, name: str, content: str, 
     message = failure(str(tmp_path / name))
     assert seen in message
     assert name in message
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert "names nothing" in failure(name)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert "neither a file nor a folder" in failure(str(tmp_path / "a.jsonl"))
+    assert "standard input" in failure("-")
+    with pytest.raises(ConfigError, match="is not a file"):
+        read_text(str(tmp_path / "a.jsonl"))
+
+
+def test_no_text_is_not_the_default_dataset() -> None:
+    with pytest.raises(ConfigError, match="names nothing"):
+        make_config({"raw_text_file": ""})
 
 
 def test_other_bytes_than_utf8(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def encode_rows(
                 found.append({"input_ids": ids, "labels": labels})
             else:
                 dropped += 1
-    report = describe(found, row_format.kind, empty=empty, dropped=dropped, truncated=truncated)
+    unused = tuple(str(name) for name in first if name not in (*row_format.columns, *row_format.optional))
+    report = describe(found, row_format.kind, empty=empty, dropped=dropped, truncated=truncated, unused_columns=unused)
     if not found:
         raise ConfigError(
             f"no row is left to train on: {empty} empty, {dropped} without a learned token in the first "

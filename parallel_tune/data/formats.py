@@ -18,6 +18,8 @@ ACCEPTED = """accepted columns, first match wins:
   instruction, output, and input if wanted: alpaca
   text: plain text"""
 
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -75,11 +77,11 @@ def detect_format(columns: Iterable[str], first_row: Mapping[str, Any]) -> RowFo
         ConfigError: no form matches; it lists the columns seen and the accepted ones.
     """
     names = list(columns)
-    for column in ("messages", "conversations", "conversation"):
+    for column in CHAT_COLUMNS:
         turns = first_row.get(column)
         if column in names and (turns is None or isinstance(turns, list)):
             opening = turns[0] if turns else {}
-            is_sharegpt = isinstance(opening, Mapping) and "from" in opening
+            is_sharegpt = isinstance(opening, Mapping) and opening.get("from") is not None
             return RowFormat("sharegpt" if is_sharegpt else "messages", (column,))
     if {"prompt", "completion"} <= set(names):
         return RowFormat("prompt/completion", ("prompt", "completion"))
@@ -87,7 +89,11 @@ def detect_format(columns: Iterable[str], first_row: Mapping[str, Any]) -> RowFo
         return RowFormat("alpaca", ("instruction", "output"), ("input",))
     if "text" in names:
         return RowFormat("text", ("text",))
-    raise ConfigError(f"the dataset's columns are not understood: {', '.join(map(str, names)) or 'none'}", ACCEPTED)
+    seen = ", ".join(map(str, names)) or "none"
+    for column in CHAT_COLUMNS:
+        if column in names:
+            seen += f" ({column} is of type {type(first_row[column]).__name__}, not a list)"
+    raise ConfigError(f"the dataset's columns are not understood: {seen}", ACCEPTED)
 
 
 def read_row(row: Mapping[str, Any], row_format: RowFormat, number: int) -> Conversation | PlainText | None:
@@ -147,6 +153,14 @@ def _text(value: Any, column: str, number: int) -> str:
         return ""
     if not isinstance(value, str):
         raise _wrong_type(value, column, number, "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"row {number}: {column!r} holds {value[error.start]!r}, half of a character, after "
+            f"{value[max(0, error.start - 20) : error.start]!r}",
+            "correct that row",
+        ) from error
     return value
 
 
@@ -167,19 +181,35 @@ def _turns(value: Any, column: str, number: int) -> list[Turn]:
 def _turn(turn: Any, column: str, number: int) -> Turn:
     if not isinstance(turn, Mapping):
         raise _wrong_type(turn, column, number, "a turn of {role, content}")
-    role = turn.get("role", turn.get("from"))
-    if role not in _ROLES:
+    role = _either(turn, "role", "from")
+    if not isinstance(role, str) or role not in _ROLES:
         raise ConfigError(f"row {number}: {column!r} has a turn of role {role!r}", f"roles are {', '.join(_ROLES)}")
-    if turn.get("tool_calls"):
+    if turn.get("tool_calls") or turn.get("function_call"):
         raise ConfigError(
             f"row {number}: {column!r} calls tools, which cannot be trained on yet", "leave such rows out"
         )
-    content = turn.get("content", turn.get("value"))
+    if _ROLES[role] == "assistant" and turn.get("weight") == 0:
+        raise ConfigError(
+            f"row {number}: {column!r} has a turn of weight 0, and all answers of a row are trained on",
+            "leave such rows out, or the weights",
+        )
+    if not {"content", "value"} & turn.keys():
+        raise ConfigError(
+            f"row {number}: {column!r} has a turn without content (it has {', '.join(map(str, turn))})",
+            "name a turn's text content, or value beside from",
+        )
+    content = _either(turn, "content", "value")
     if isinstance(content, list):
         content = "".join(_part(part, column, number) for part in content)
     # other keys (name, reasoning_content, ...) are for the chat template; Arrow fills absent ones with None
     extra = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value") and v is not None}
     return {"role": _ROLES[role], "content": _text(content, column, number), **extra}
+
+
+def _either(turn: Mapping[str, Any], name: str, sharegpt: str) -> Any:
+    """A turn's role or content under the name that is filled: Arrow gives all turns all columns."""
+    value = turn.get(name)
+    return turn.get(sharegpt) if value is None else value
 
 
 def _part(part: Any, column: str, number: int) -> str:

@@ -78,7 +78,8 @@ def _take(path: Path) -> Encoded | None:
             if file.read(1) or _checksum(rows, report) != header["checksum"]:
                 raise ValueError("its checksum is another")
         percentiles = {int(q): length for q, length in report["length_percentiles"].items()}
-        said = DataReport(**{**report, "length_percentiles": percentiles})
+        unused = tuple(report["unused_columns"])
+        said = DataReport(**{**report, "length_percentiles": percentiles, "unused_columns": unused})
     except FileNotFoundError:
         return None
     except OSError as error:

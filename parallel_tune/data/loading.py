@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ Row = dict[str, Any]
 
 _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-_SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+_SPLITS = {name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval")}
+_SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def load_rows(dataset: str, split: str | None = None, subset: str | None = None) -> Sequence[Row]:
@@ -27,7 +30,8 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
         dataset: a JSON, JSONL, CSV, TSV or Parquet file, a folder of such files, or else the dataset's id on the Hub.
             What exists on disk is taken before the Hub is asked.
         split: "train" (the default), "test", ..., or a part of one: "train[:100]", "train[10%:20%]". In a folder, files
-            named after splits (train-00000.parquet, test.jsonl) are told apart by it; other files are the train split.
+            named after splits (train-00000.parquet, test.jsonl) are told apart by it; where none is named after train,
+            other files are the train split.
         subset: a Hub dataset's configuration, where it has several.
     """
     rows: Sequence[Row]
@@ -49,6 +53,10 @@ def local_files(dataset: str, split: str | None = None) -> list[Path] | None:
     Raises:
         ConfigError: it looks like a path and is not there, or has no files for the split.
     """
+    if dataset == "-":
+        raise ConfigError("dataset '-' is standard input, and each process reads the data", "write the rows to a file")
+    if not dataset.strip():  # Path("") is the working directory, whose files nobody meant
+        raise ConfigError(f"dataset {dataset!r} names nothing", "give a file, a folder or a Hub id")
     path = Path(dataset).expanduser()
     if path.exists():
         return _files(path, _parse_split(split)["name"])
@@ -71,6 +79,8 @@ def read_text(name: str) -> str:
         ConfigError: it is not there, is a folder, or is not UTF-8.
     """
     path = Path(name).expanduser()
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe without a writer would never end
+        raise ConfigError(f"{name} is not a file", "write the text to a file, and name that")
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -99,22 +109,52 @@ def _files(path: Path, split: str) -> list[Path]:
                 f"{path} is one file and has no split {split!r}", "leave the split away, or name its file"
             )
         return [path]
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in READERS and not _hidden(f.relative_to(path)))
+    if not path.is_dir():  # a pipe can be read once, and each process reads the data
+        raise ConfigError(f"{path} is neither a file nor a folder", "write the rows to a file, and name that")
+    there = [f for f in _walk(path) if not _hidden(f.relative_to(path))]
+    packed = [f for f in there if f.suffix.lower() in COMPRESSED and Path(f.stem).suffix.lower() in READERS]
+    if packed:
+        raise ConfigError(f"folder {path} has compressed data, {packed[0].name}", "unpack it, or take it out")
+    files = [f for f in there if f.suffix.lower() in READERS]
     if not files:
         found = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
         raise ConfigError(
             f"folder {path} has no data files (it holds {found})", f"files may end in {' '.join(READERS)}"
         )
-    named = {f: name for f in files if (name := _split_of(f.relative_to(path)))}
-    if not named:
-        named = dict.fromkeys(files, "train")
-    chosen = [f for f in files if named.get(f) == split]
+    splits = {f: _split_of(f.relative_to(path)) for f in files}
+    chosen = [f for f in files if splits[f] == split]
+    if split == "train":
+        others = [f for f in files if splits[f] is None]
+        if chosen and others:
+            raise ConfigError(
+                f"folder {path} has {chosen[0].name} to train on, and {others[0].name}, whose name tells no split",
+                "name one of the files, or put train, test or validation into each file's name",
+            )
+        chosen = chosen or others
     if not chosen:
         raise ConfigError(
             f"folder {path} has no file for split {split!r}",
-            f"its files are for: {', '.join(sorted(set(named.values())))}",
+            f"its files are for: {', '.join(sorted({name or 'train' for name in splits.values()}))}",
         )
     return chosen
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, in order, those in linked folders too, each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", "check the folder and its rights")
+
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        files += [Path(root, name) for name in names]
+    return sorted(files)
 
 
 def _hidden(relative: Path) -> bool:
@@ -125,7 +165,7 @@ def _hidden(relative: Path) -> bool:
 def _split_of(relative: Path) -> str | None:
     """The split that a file's folder or name tells: test/a.json, test-00000-of-00001.parquet, my_test.jsonl."""
     words = [word for part in reversed(relative.with_suffix("").parts) for word in re.split(r"[-_.]", part.lower())]
-    return next((word for word in words if word in _SPLIT_NAMES), None)
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def _read(file: Path) -> list[Row]:
@@ -140,10 +180,25 @@ def _read(file: Path) -> list[Row]:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}", "check the file and its rights") from error
 
 
+def _decoded(text: str, file: Path, line: int | None = None) -> Any:
+    """What JSON says; `json.JSONDecodeError` where it is none.
+
+    Raises:
+        ConfigError: it is JSON, and Python will not read it.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        where = f"{file}, line {line}" if line is not None else str(file)
+        raise ConfigError(f"{where}: cannot be read ({str(error).split(';')[0]})", "correct that value") from error
+
+
 def _json(file: Path) -> list[Row]:
     text = file.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text)
+        value = _decoded(text, file)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one value a line, under the other name
             return _jsonl(file)
@@ -168,7 +223,7 @@ def _jsonl(file: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                rows.append(_object(json.loads(line), f"{file}, line {number}"))
+                rows.append(_object(_decoded(line, file, number), f"{file}, line {number}"))
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{file}, line {number}: not JSON ({error.msg})", "correct that line") from error
     return rows
@@ -182,22 +237,47 @@ def _object(value: Any, where: str) -> Row:
 
 def _csv(file: Path) -> list[Row]:
     limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    began = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
+            # Strict, since a quote that nothing closes would take all that follows into one field.
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            heading = next(reader, [])
+            _check_heading(heading, delimiter, file)
+            rows: list[Row] = []
+            began = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(heading):
                     raise ConfigError(
-                        f"{file}, line {reader.line_num}: not the {len(reader.fieldnames or ())} fields of its heading",
+                        f"{file}, line {reader.line_num}: {len(fields)} fields, and the heading has {len(heading)} "
+                        f"({', '.join(heading)})",
                         "put a text that holds commas, quotes or line ends in double quotes",
                     )
-                rows.append(dict(row))
+                if fields:  # a blank line has none
+                    rows.append(dict(zip(heading, fields, strict=True)))
+                began = reader.line_num + 1
             return rows
     except csv.Error as error:
-        raise ConfigError(f"{file}: not CSV ({error})", "check its quotes") from error
+        raise ConfigError(
+            f"{file}, row from line {began}: not CSV ({error})",
+            'close each quote, and write a quote within a quoted text twice ("")',
+        ) from error
     finally:
         csv.field_size_limit(limit)  # the limit is the csv module's own global
+
+
+def _check_heading(heading: list[str], delimiter: str, file: Path) -> None:
+    other = next((mark for mark in (";", "\t", "|", ",") if mark in "".join(heading) and mark != delimiter), None)
+    if other is not None and len(heading) == 1:
+        raise ConfigError(
+            f"{file}: its heading {heading[0][:60]!r} is one field, since {file.suffix} files separate fields by "
+            f"{delimiter!r}, not by {other!r}",
+            "save it with that separator, or as .tsv if tabs separate its fields",
+        )
+    twice = sorted({name for name in heading if heading.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{file}: its heading has {twice[0]!r} more than once", "give each column a name of its own")
 
 
 def _parquet(file: Path) -> list[Row]:

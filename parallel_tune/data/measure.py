@@ -9,6 +9,7 @@ without: then nothing is written.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from parallel_tune.config import make_config
 from parallel_tune.data.prepare import prepare_data
 from parallel_tune.engines.transformers import load_tokenizer
 from parallel_tune.outcome import write_atomically
-from parallel_tune.process import importing
+from parallel_tune.process import WATCHER, die_with_parent, importing
 from strategies.errors import ConfigError
 
 WITHOUT_TORCH = "--without-torch"
@@ -26,6 +27,8 @@ WITHOUT_TORCH = "--without-torch"
 
 def main() -> None:
     """Write the lengths, or what is wrong, as JSON."""
+    watcher = os.environ.get(WATCHER)
+    die_with_parent(int(watcher) if watcher is not None else None)
     config = make_config(yaml.safe_load(sys.stdin))
     if without_torch := WITHOUT_TORCH in sys.argv:
         sys.modules["torch"] = None  # type: ignore[assignment]  # which is how Python says that there is none

@@ -12,6 +12,9 @@ IGNORED = -100
 
 PERCENTILES = (5, 50, 90, 99, 100)
 
+MOST_COLUMNS_NAMED = 5
+"""Of those that are not used."""
+
 
 class EncodedRow(TypedDict):
     """One row as the model sees it; both lists have one entry a token, and `labels[0]` is always IGNORED.
@@ -148,6 +151,7 @@ class DataReport:
         answer_tokens: those of them that the loss is computed on.
         length_percentiles: percentile -> tokens of a row, over the rows kept.
         sequences: packed sequences that the training rows make; 0 without packing.
+        unused_columns: columns of the first row that the form has no use for.
     """
 
     format: str
@@ -159,6 +163,7 @@ class DataReport:
     answer_tokens: int = 0
     length_percentiles: dict[int, int] = field(default_factory=dict)
     sequences: int = 0
+    unused_columns: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people."""
@@ -174,10 +179,22 @@ class DataReport:
             parts.append(f"{self.dropped_rows:,} dropped: nothing left to learn")
         if self.empty_rows:
             parts.append(f"{self.empty_rows:,} empty rows skipped")
+        if self.unused_columns:
+            more = len(self.unused_columns) - MOST_COLUMNS_NAMED
+            names = ", ".join(self.unused_columns[:MOST_COLUMNS_NAMED]) + (f" and {more} more" if more > 0 else "")
+            parts.append(f"columns not used: {names}")
         return "; ".join(parts)
 
 
-def describe(rows: EncodedRows, row_format: str, *, empty: int = 0, dropped: int = 0, truncated: int = 0) -> DataReport:
+def describe(
+    rows: EncodedRows,
+    row_format: str,
+    *,
+    empty: int = 0,
+    dropped: int = 0,
+    truncated: int = 0,
+    unused_columns: tuple[str, ...] = (),
+) -> DataReport:
     """The report on rows that were encoded with these losses."""
     lengths = sorted(rows.lengths)
     # nearest rank: the smallest length that at least q percent of the rows do not exceed
@@ -191,4 +208,5 @@ def describe(rows: EncodedRows, row_format: str, *, empty: int = 0, dropped: int
         tokens=sum(lengths),
         answer_tokens=sum(rows.answer_tokens),
         length_percentiles=percentiles,
+        unused_columns=unused_columns,
     )

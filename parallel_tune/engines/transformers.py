@@ -110,9 +110,10 @@ def load_tokenizer(config: TrainConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever its files make the libraries raise is about this model
+        said = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"cannot load the tokenizer of {config.model!r}: {error}",
+            f"cannot load the tokenizer of {config.model!r}: {said}",
             "Give a model that comes with its tokenizer.",
         ) from error
     if tokenizer.pad_token_id is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import option_types
+import pandas
 import pytest
 import torch
 
@@ -96,7 +98,6 @@ def test_a_type_checker_sees_what_is_wrong_with_a_call(tmp_path: Path) -> None:
 
 def test_rows_in_memory_are_written_once_under_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
-    import pandas
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows = [{"prompt": "a", "completion": "ß"}, {"prompt": "b", "completion": "c"}]
@@ -108,6 +109,13 @@ def test_rows_in_memory_are_written_once_under_their_content(tmp_path: Path, mon
     assert dataset_path(Path("rows.jsonl")) == dataset_path("rows.jsonl") == "rows.jsonl"
 
 
+def test_what_a_data_frame_misses_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pandas writes NaN for an empty cell of a CSV file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    frame = pandas.read_csv(io.StringIO("instruction,input,output\na,,b\n"))
+    assert load_rows(dataset_path(frame)) == [{"instruction": "a", "input": None, "output": "b"}]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -115,6 +123,8 @@ def test_rows_in_memory_are_written_once_under_their_content(tmp_path: Path, mon
         ([], "no rows"),
         (["a"], "row 0 of the dataset is a str"),
         ([{"text": object()}], "row 0 of the dataset is no JSON"),
+        ([{"text": "so \ud83d"}], "row 0 of the dataset holds .*half of a character"),
+        (pandas.DataFrame([["a", "b"]], columns=["text", "text"]), "more than one column 'text'"),
         (7, "of type int"),
         (iter([{"text": "a"}]), "neither a name nor rows"),
     ],

@@ -11,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_tune.config import TrainConfig, make_config
 from parallel_tune.data.known_lengths import lengths_file
+from parallel_tune.engines.transformers import load_tokenizer
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.known_rows import MOST_ROWS, KnownRows, could_do_better, measure_rows
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.prediction import TrainedRows, predict_for_rows
+from parallel_tune.process import WATCHER
 from parallel_tune.sampler import GlobalBatches
 from strategies.contracts import Arrangement, Plan
 from strategies.errors import ConfigError
@@ -130,6 +133,13 @@ def test_without_a_tokenizer_lengths_are_not_measured(rows_file: Any) -> None:
         measure_rows(make_config({"model": "/nowhere", "dataset": str(rows_file), "max_seq_length": 64}))
 
 
+def test_a_broken_tokenizer_is_not_blamed_on_the_rows(tied_model: Any, tmp_path: Path) -> None:
+    model = shutil.copytree(tied_model, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"cannot load the tokenizer of '{model}': KeyError"):
+        load_tokenizer(make_config({"model": str(model)}))
+
+
 def test_lengths_are_measured_without_torch_unless_the_tokenizer_needs_it(
     tied_model: Any, rows_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +206,25 @@ def test_lengths_are_measured_once_for_what_they_depend_on(
     template = json.loads((model / "tokenizer_config.json").read_text())
     (model / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + str(template.get("chat_template", "")))
     assert lengths_file(config) is None
+
+
+def test_the_process_that_measures_ends_with_the_command(tmp_path: Path) -> None:
+    """Also where the command is killed, so that nobody reads a large dataset for nothing."""
+    start = (
+        "import os, subprocess, sys\n"
+        f"os.environ[{WATCHER!r}] = str(os.getpid())\n"
+        "command = [sys.executable, '-P', '-m', 'parallel_tune.data.measure', sys.argv[1]]\n"
+        "measuring = subprocess.Popen(command)\n"
+        "print(measuring.pid, flush=True)\n"
+        "measuring.wait()"
+    )
+    command = [sys.executable, "-c", start, str(tmp_path / "lengths.json")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        measuring = psutil.Process(int(parent.stdout.readline()))  # it waits for its settings
+        parent.kill()
+        parent.wait()
+        measuring.wait(60)
 
 
 def test_a_run_plans_for_its_rows(tune: Any, single_run: Any) -> None:
