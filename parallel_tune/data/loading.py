@@ -20,6 +20,8 @@ _SPLIT = re.compile(r"(?P<name>\w+)(?:\[(?P<start>\d*%?):(?P<stop>\d*%?)\])?")
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SPLITS = {name: name for name in ("train", "test", "validation", "valid", "val", "dev", "eval")}
 _SPLITS |= {"training": "train", "testing": "test", "evaluation": "eval"}
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that describe a dataset and hold none of its rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -158,8 +160,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _hidden(relative: Path) -> bool:
-    # dataset_info.json describes a dataset; it holds none of its rows
-    return any(part.startswith(".") for part in relative.parts) or relative.name in ("dataset_info.json", "state.json")
+    return any(part.startswith(".") for part in relative.parts) or relative.name in DESCRIPTIONS
 
 
 def _split_of(relative: Path) -> str | None:
