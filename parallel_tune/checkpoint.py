@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from parallel_tune.reporting.axes import size
 from parallel_tune.rundir import write_atomically
+from strategies.errors import ConfigError, RunFailed
 
 MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -23,13 +29,58 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
     sizes: dict[str, int] = {}
     checksums: dict[str, int] = {}
+    flush_to_disk(checkpoint)
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MARK:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
             sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
             checksums[str(path.relative_to(checkpoint))] = checksum(path)
     write_atomically(checkpoint / MARK, json.dumps({"bytes": sizes, "crc32": checksums}, indent=1))
+
+
+@contextlib.contextmanager
+def whole_or_none(folder: Path) -> Iterator[None]:
+    """Remove a folder whose writing failed: what is torn is of no use, and on a full disk its room is needed.
+
+    Raises:
+        RunFailed: it could not be written, and why.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunFailed(
+            f"{folder} could not be written: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{size(free)} were free on its disk. Make room, or choose another place; "
+            f"`parallel-tune resume {folder.parent}` goes on from the last complete checkpoint, if there is one.",
+        ) from error
+
+
+def require_room(run: Path, num_bytes: int) -> None:
+    """Refuse a run whose result could not be written.
+
+    Args:
+        num_bytes: of the weights that are trained.
+
+    Raises:
+        ConfigError: so many bytes are not free.
+    """
+    free = shutil.disk_usage(run).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"the trained weights take {size(num_bytes)}, and the disk of {run} has {size(free)} free",
+            "Make room, or choose another --output_dir.",
+        )
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Return when all files of a folder would outlive a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def checksum(path: Path) -> int:
@@ -79,4 +130,8 @@ def rotate(run: Path, keep: int | None, best: Path | None = None) -> None:
     complete = complete_checkpoints(run)
     old = [path for path in complete[:-1] if best is None or path.resolve() != best.resolve()]
     for path in old[: max(0, len(complete) - keep)]:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            # Without its mark it is no checkpoint any more; training is worth more than the space.
+            print(f"{path.name} could not be deleted: {error}")

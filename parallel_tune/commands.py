@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,18 @@ def start(
     try:
         with open_display(plan, run) as display:
             Watcher(plan.processes, run, spec, display.poll).run()
-        click.echo(summary(read_report(run.report), run.path))
+        _say(summary(read_report(run.report), run.path))
     finally:
         try_to_write_page(run.path)
     export_after.export_result(run, hub_token)
+
+
+def _say(text: str) -> None:
+    """Print; where nobody reads any more, all that is still to be printed goes nowhere, and the work goes on."""
+    try:
+        click.echo(text)
+    except OSError:
+        sys.stdout = io.StringIO()
 
 
 def resume(path: Path, hub_token: str | None = None) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -68,7 +69,7 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
         part.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"cannot write {part}: {error.strerror}", "Choose another --save_path.") from error
-    card = model_card(config, plan, read_report(run.report), wanted.method)
+    card = model_card(config, plan, _report_of(run), wanted.method)
     try:
         _run_child(run, wanted, card, hub_token)
     finally:
@@ -76,6 +77,11 @@ def export_run(path: Path, wanted: Export, hub_token: str | None) -> None:
     click.echo(f"{wanted.method}: {wanted.save_path}")
     if wanted.hub_path:
         click.echo(f"pushed to {wanted.hub_path}")
+
+
+def _report_of(run: RunDir) -> dict[str, Any]:
+    # A run that died after its result was written has none; the weights are whole all the same.
+    return read_report(run.report) if run.report.exists() else {}
 
 
 def unfinished(target: Path) -> Path:
@@ -89,7 +95,7 @@ def check(run: RunDir, config: TrainConfig, engine: str, wanted: Export) -> Expo
     Raises:
         ConfigError: something is missing, or in the way.
     """
-    if not run.result(config).exists() or not run.report.exists():
+    if not run.result(config).exists():
         raise ConfigError(
             f"{run.path} is not finished: {run.result(config).name}/ is missing",
             f"`parallel-tune resume {run.path}` goes on with it.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,9 @@ RENDEZVOUS = "parallel_tune_loopback"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 """How long the other processes may take to end by themselves once one has failed, or rank 0 has said how it ended."""
+
+LEAST_FREE_BYTES = 2**20
+"""With less room than this on its disk, a process that ended without a word could not write one."""
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -264,6 +268,13 @@ class Watcher:
                 "ended by a signal before a checkpoint was written",
                 f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint, if there is one.",
             )
+        if not self._run.logs.exists():
+            raise RunFailed(
+                f"{self._run.path} was moved or removed during the run",
+                "Where it is now, `parallel-tune resume` goes on from the last complete checkpoint.",
+            )
+        if vanished and (full := full_disk(self._run.path)):
+            raise RunFailed(full, f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint.")
         if vanished:
             names = ", ".join(f"rank {rank}" for rank in vanished)
             raise RunFailed(
@@ -283,6 +294,15 @@ class Watcher:
         if failed:
             rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
             raise failure(rank, outcomes[rank], self._run)
+
+
+def full_disk(path: Path) -> str:
+    """What to say where the disk of a run is full; empty if it is not, or cannot be asked."""
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return ""
+    return f"the disk of {path} is full: {free / 2**20:.1f} MiB are free" if free < LEAST_FREE_BYTES else ""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

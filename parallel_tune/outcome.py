@@ -6,6 +6,7 @@ a `strategies` of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -44,11 +45,16 @@ def process_id_file(logs: Path, rank: int) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees all of it or none, also after a power cut."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def save(path: Path, outcome: Outcome) -> None:

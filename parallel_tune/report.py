@@ -19,7 +19,7 @@ from parallel_tune.rundir import RunDir, write_atomically
 from parallel_tune.tracing import predict_for_rows
 from strategies.base import Session
 from strategies.contracts import Plan
-from strategies.errors import ParallelTuneError
+from strategies.errors import ConfigError, ParallelTuneError
 
 if TYPE_CHECKING:
     from parallel_tune.callbacks import MetricsWriter
@@ -170,5 +170,14 @@ def peak_resident_bytes() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A report that `write` wrote."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    """A report that `write` wrote.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}", "Move it away: the run's other files tell what they know without it."
+        ) from error

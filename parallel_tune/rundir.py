@@ -79,7 +79,7 @@ class RunDir:
         """The settings and the plan that the run obeys.
 
         Raises:
-            ConfigError: the folder is no run directory.
+            ConfigError: the folder is no run directory, or its settings or plan are damaged.
         """
         try:
             settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -89,7 +89,17 @@ class RunDir:
                 f"{self.path} is not a run directory: {error.filename} cannot be read",
                 "Give the folder that a training run named as its run directory.",
             ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise self._damaged(str(error).splitlines()[0]) from error
+        if not isinstance(settings, dict):
+            raise self._damaged(f"{self.config.name} holds no settings")
         return make_config(settings), Plan.from_json(plan)
+
+    def _damaged(self, how: str) -> ConfigError:
+        return ConfigError(
+            f"{self.config.name} or {self.plan.name} of {self.path} is damaged: {how}",
+            "Put the file back as it was; its checkpoints and results are untouched.",
+        )
 
 
 def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
@@ -114,7 +124,17 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
         raw_text_file=raw_text_file,
         save_path=save_path,
     )
-    if run.plan.exists() or run.config.exists():
+    try:
+        str(run.path).encode()
+        is_taken = run.plan.exists() or run.config.exists()
+    except UnicodeEncodeError as error:
+        # Weights are written by libraries that take UTF-8 alone: the run would fail after its last step.
+        raise ConfigError(
+            f"the path of the run directory {str(run.path)!r} is not UTF-8", "Choose another --output_dir."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot use the run directory {path}: {error.strerror}", "Choose another one.") from error
+    if is_taken:
         raise ConfigError(
             f"{path} holds a run already",
             f"Go on with it by `parallel-tune resume {path}`, or choose another --output_dir.",
@@ -156,7 +176,7 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """All complete rows of metrics.jsonl; where a resumed run trained a step again, the later row counts."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
     try:
-        lines = run.metrics.read_text(encoding="utf-8").splitlines()
+        lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     for line in lines:

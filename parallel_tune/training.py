@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from parallel_tune.checkpoint import mark_complete, rotate
+from parallel_tune.checkpoint import mark_complete, rotate, whole_or_none
 from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
@@ -26,6 +26,7 @@ from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
+from strategies.errors import RunFailed
 from strategies.reduction import reduce_in_bfloat16
 
 
@@ -240,17 +241,33 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self._evaluated = None
         self._has_best = True
 
+    def require_finite_weights(self) -> None:
+        """A step whose gradients were not finite shows in the next step's loss, after its weights would be kept.
+
+        Raises:
+            RunFailed: a trained weight is not finite.
+        """
+        if all(bool(torch.isfinite(parameter).all()) for parameter in self._trained):
+            return
+        raise RunFailed(
+            f"trained weights are not finite after step {self.state.global_step}, and are not saved",
+            "Lower --learning_rate, or use --dtype bfloat16 or float32; a checkpoint before it can be resumed.",
+        )
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.require_finite_weights()
         if self.session.is_main:
             # A torn one of this step may lie there; its mark must not vouch for a new one half written.
             shutil.rmtree(checkpoint, ignore_errors=True)
         self.session.barrier()
-        # Past TRL's, which would write a model card of its own.
-        Trainer._save_checkpoint(self, model, trial)
+        with whole_or_none(checkpoint):
+            # Past TRL's, which would write a model card of its own.
+            Trainer._save_checkpoint(self, model, trial)
         self.session.barrier()
         if self.session.is_main:
-            mark_complete(checkpoint)
+            with whole_or_none(checkpoint):
+                mark_complete(checkpoint)
             best = self.state.best_model_checkpoint
             rotate(checkpoint.parent, self._keep, Path(best) if best and self.args.load_best_model_at_end else None)
         self.session.barrier()

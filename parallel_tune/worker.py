@@ -5,6 +5,7 @@ python -m parallel_tune.worker RUN_DIRECTORY [CHECKPOINT]
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -30,14 +31,25 @@ def main(arguments: list[str]) -> NoReturn:
     checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
     rank = int(os.environ.get("RANK", "0"))
     redirect_output(run.log(rank))
-    signal.signal(signal.SIGTERM, _end_early)
+    end_at_signal(run, rank)
     write_atomically(pid_file(run, rank), str(os.getpid()))
     run_to_its_end(run, rank, checkpoint)
 
 
-def _end_early(number: int, _frame: Any) -> NoReturn:
-    # A rank that goes without a word would be taken for the one that failed first.
-    raise RunFailed(f"ended by {signal.Signals(number).name} before training began")
+def end_at_signal(run: RunDir, rank: int) -> None:
+    """End this process at SIGTERM, until the trainer takes the signal over.
+
+    An exception would be swallowed where a library tries an import and goes on without it.
+    """
+
+    def end(number: int, _frame: Any) -> NoReturn:
+        error = RunFailed(f"ended by {signal.Signals(number).name} before training began")
+        # A rank that goes without a word would be taken for the one that failed first.
+        with contextlib.suppress(OSError):
+            write_outcome(run, rank, Outcome(error.exit_code, error.message))
+        leave(error.exit_code)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def run_to_its_end(
@@ -120,6 +132,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
 
         from parallel_tune import report
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
+        from parallel_tune.checkpoint import require_room
         from parallel_tune.data.prepare import prepare_data
         from parallel_tune.data_part import describe_data
         from parallel_tune.fused_head import use_chunked_loss
@@ -147,6 +160,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     )
     check_reached(config, batches.steps_per_epoch)
     model = engine.add_adapters(model, config, plan)
+    require_room(run.path, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
     session.place(model)
     startup.mark("load")
     fused = config.cross_entropy == "fused" and plan.engine == "transformers"
@@ -200,6 +214,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         results["stopped_early_at_step"] = early[0].stopped_at_step
     if config.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         results["best_step"] = trainer.state.best_global_step
+    trainer.require_finite_weights()
     if session.is_main:
         save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
     steps = trainer.state.global_step
@@ -215,9 +230,13 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
 
 def save_result(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the trained weights; the folder appears only when complete."""
+    from parallel_tune.checkpoint import flush_to_disk, whole_or_none
+
     part = folder.with_name(f".{folder.name}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    with whole_or_none(part):
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        flush_to_disk(part)
     if folder.exists():
         raise RunFailed(f"{folder} exists already", "Move it away and resume the run.")
     part.rename(folder)

@@ -11,7 +11,7 @@ import click
 
 from parallel_tune.progress import duration
 from parallel_tune.reporting.axes import size
-from parallel_tune.reporting.figures import RunFigures, load
+from parallel_tune.reporting.figures import Row, RunFigures, load
 from parallel_tune.reporting.html import page, table, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, Point, line_chart
 from parallel_tune.reporting.pictures import MISSING, draw, have_matplotlib
@@ -157,11 +157,11 @@ def coincide(one: list[Point], other: list[Point]) -> bool:
 
 def over_time(run: RunFigures) -> list[Point]:
     """(seconds of training so far, loss)."""
-    seconds, result = 0.0, []
+    seconds, result = 0.0, list[Row]()
     for step in run.training:
         seconds += step.get("seconds", 0.0)
-        result.append((seconds, float(step["loss"])))
-    return result
+        result.append({"seconds": seconds, "loss": step["loss"]})
+    return points(result, "seconds", "loss")
 
 
 def render(runs: Sequence[RunFigures], names: Sequence[str], charts: Sequence[Chart]) -> str:

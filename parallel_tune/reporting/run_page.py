@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 
@@ -39,11 +41,13 @@ def write_page(path: Path) -> Path:
 def try_to_write_page(path: Path) -> None:
     """Write the page at the end of a run, however it ended. What goes wrong here must not hide how it did."""
     try:
-        click.echo(f"report: {write_page(path)}")
+        said = f"report: {write_page(path)}"
     except ConfigError:
         return  # it ended before its first step
     except Exception as error:
-        click.echo(f"no report.html: {type(error).__name__}: {error}", err=True)
+        said = f"no report.html: {type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # nobody may read any more
+        click.echo(said, err=said.startswith("no "))
 
 
 def render(run: RunFigures) -> str:
@@ -142,8 +146,9 @@ def _predicted_throughput(run: RunFigures) -> list[Curve]:
 
 
 def points(rows: list[Row], x: str, y: str) -> list[tuple[float, float]]:
-    """The rows that have both values."""
-    return [(float(row[x]), float(row[y])) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    """The rows that have both values; one that is not finite has no place on an axis."""
+    pairs = [(float(row[x]), float(row[y])) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
 
 
 def smooth(values: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:

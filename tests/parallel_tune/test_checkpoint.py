@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from parallel_tune.checkpoint import MARK, complete_checkpoints, is_complete, mark_complete, rotate
+from parallel_tune.checkpoint import (
+    MARK,
+    complete_checkpoints,
+    is_complete,
+    mark_complete,
+    require_room,
+    rotate,
+    whole_or_none,
+)
+from strategies.errors import ConfigError, RunFailed
 
 
 def make(run: Path, step: int, marked: bool = True) -> Path:
@@ -70,3 +79,33 @@ def test_only_old_complete_ones_are_deleted(tmp_path: Path) -> None:
     assert mine.exists()
     rotate(tmp_path, 5)
     assert len(complete_checkpoints(tmp_path)) == 2
+
+
+def test_one_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk keeps a file that somebody has open; a user may delete the same folder."""
+    for step in (3, 20, 100):
+        make(tmp_path, step)
+
+    def busy(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr("parallel_tune.checkpoint.shutil.rmtree", busy)
+    rotate(tmp_path, 1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_what_was_not_written_whole_is_removed(tmp_path: Path) -> None:
+    folder = make(tmp_path, 4)
+    with (
+        pytest.raises(RunFailed, match=r"checkpoint-4 could not be written: .*No space left") as caught,
+        whole_or_none(folder),
+    ):
+        raise OSError(28, "No space left on device")
+    assert "were free" in caught.value.hint
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_result_that_has_no_room_is_refused(tmp_path: Path) -> None:
+    require_room(tmp_path, 1)
+    with pytest.raises(ConfigError, match="trained weights take"):
+        require_room(tmp_path, 2**70)

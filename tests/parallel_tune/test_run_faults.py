@@ -1,0 +1,134 @@
+"""Full disks, damaged files, readers that are gone: what is kept, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from parallel_tune.launch import full_disk
+from parallel_tune.rundir import RunDir, create, read_metrics, read_outcome
+from strategies.errors import ConfigError, RunFailed
+
+SHORT = ("--strategy=ddp", "--hardware=cpu:1", "--max_steps=3")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_removed_and_named(tune: Any, single_run: Any) -> None:
+    """The adapter's file has room, the optimizer's has not."""
+    room = (single_run.run / "adapter" / "adapter_model.safetensors").stat().st_size * 3 // 2
+    limited = ("prlimit", f"--fsize={room}", sys.executable)
+    ended = tune.ended(*SHORT, "--save_steps=2", before=limited)
+    assert ended.code == 1
+    assert "checkpoint-2 could not be written" in ended.err
+    assert "parallel-tune resume" in ended.err
+    assert not (ended.run / "checkpoint-2").exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept() -> None:
+    """The loss of a step is finite, its update is not: the next step's loss would say so, after the checkpoint."""
+    from parallel_tune.training import GlobalBatchTrainer
+
+    trainer: Any = SimpleNamespace(_trained=[torch.ones(2), torch.ones(2)], state=SimpleNamespace(global_step=7))
+    GlobalBatchTrainer.require_finite_weights(trainer)
+    trainer._trained[1][0] = float("nan")
+    with pytest.raises(RunFailed, match="not finite after step 7, and are not saved"):
+        GlobalBatchTrainer.require_finite_weights(trainer)
+
+
+def test_a_signal_before_training_is_not_swallowed_by_a_librarys_try(single_run: Any, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(single_run.run, tmp_path / "run")))
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from parallel_tune.rundir import RunDir\n"
+        "from parallel_tune.worker import end_at_signal\n"
+        "end_at_signal(RunDir(Path(sys.argv[1])), 0)\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except Exception:\n"
+        "    pass\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(run.path)], timeout=240, check=False)
+    assert ended.returncode == 1
+    outcome = read_outcome(run, 0)
+    assert outcome is not None and outcome.message == "ended by SIGTERM before training began"
+
+
+def test_a_run_whose_report_was_lost_is_exported(single_run: Any, tmp_path: Path) -> None:
+    """It was killed between the two: `resume` rightly calls it finished."""
+    run = Path(shutil.copytree(single_run.run, tmp_path / "run"))
+    (run / "report.json").unlink()
+    command = [sys.executable, "-m", "parallel_tune", "export", str(run), "--save_path", str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=240)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_exports_are_made_where_nobody_reads_what_is_said(tune: Any) -> None:
+    """`parallel-tune ... | head`: the reader leaves in the middle of the run."""
+    run = tune.folder / "unread"
+    command = [sys.executable, "-m", "parallel_tune", *tune.base, *SHORT, "--output_dir", str(run), "--save_model"]
+    reader, writer = os.pipe()
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.DEVNULL)
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        for line in lines:
+            if line.startswith("run directory"):
+                break
+    assert process.wait(240) == 0
+    assert (run / "merged_16bit").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [b\n c: ", b"\xff\xfe\x00", b"- 1\n"])
+def test_damaged_settings_are_named(content: bytes, single_run: Any, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(single_run.run, tmp_path / "run")))
+    run.config.write_bytes(content)
+    with pytest.raises(ConfigError, match="is damaged"):
+        run.read()
+
+
+def test_rows_before_damaged_bytes_are_read(single_run: Any, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(single_run.run, tmp_path / "run")))
+    rows = read_metrics(run)
+    with run.metrics.open("ab") as file:
+        file.write(b'\xff\xfe{"step":')
+    assert rows and read_metrics(run) == rows
+
+
+def test_pages_are_drawn_without_values_that_are_not_finite(single_run: Any, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(single_run.run, tmp_path / "run")))
+    rows = read_metrics(run)
+    rows[-1]["loss"] = float("inf")
+    rows.append({"step": rows[-1]["step"], "epoch": 1.0, "eval_loss": float("nan")})
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for verb in (["report", str(run.path)], ["compare", str(run.path), str(single_run.run), "--output", str(tmp_path)]):
+        subprocess.run([sys.executable, "-m", "parallel_tune", *verb], check=True, timeout=240)
+
+
+def test_a_damaged_report_is_named(single_run: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(single_run.run, tmp_path / "run"))
+    (run / "report.json").write_text('{"strat')
+    verb = [sys.executable, "-m", "parallel_tune", "report", str(run)]
+    ended = subprocess.run(verb, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 2
+    assert "report.json is damaged" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["x" * 300, os.fsdecode(b"u\xff")])
+def test_a_path_that_cannot_be_written_is_refused_before_training(name: str, single_run: Any, tmp_path: Path) -> None:
+    config, plan = RunDir(single_run.run).read()
+    with pytest.raises(ConfigError):
+        create(config.replace(output_dir=str(tmp_path / name)), plan)
+
+
+def test_a_disk_with_room_is_not_called_full(tmp_path: Path) -> None:
+    assert full_disk(tmp_path) == ""
+    assert full_disk(tmp_path / "gone") == ""
