@@ -206,8 +206,10 @@ class Watcher:
                 if vanished or self._is_decided(self._outcomes()):
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
-        # Without their launcher, ranks are gone or about to be.
-        return vanished or [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
+        # Without their launcher ranks are gone or about to be; one that was killed took all along, not only the first.
+        if vanished and process.returncode >= 0:
+            return vanished
+        return [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
 
     def _outcomes(self) -> dict[int, Outcome]:
         said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}

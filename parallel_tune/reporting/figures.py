@@ -104,18 +104,23 @@ class RunFigures:
         return max((size for size in sizes if size is not None), default=None)
 
 
+class NoStepYet(ConfigError):
+    """Nothing has been trained in a run yet."""
+
+
 def load(path: Path) -> RunFigures:
     """Read a run directory.
 
     Raises:
-        ConfigError: it is none, or nothing has been trained in it yet.
+        NoStepYet: nothing has been trained in it yet.
+        ConfigError: it is none, or damaged.
     """
     run = RunDir(path.absolute())
     config, plan = run.read()
     rows = read_metrics(run)
     training = [row for row in rows if isinstance(row.get("loss"), int | float)]
     if not training:
-        raise ConfigError(
+        raise NoStepYet(
             f"{path} has no training step in {run.metrics.name} yet", f"See {run.logs} for what became of the run."
         )
     return RunFigures(

@@ -12,13 +12,12 @@ import click
 
 from parallel_tune.plan_view import facts, headline, short_name
 from parallel_tune.progress import duration
-from parallel_tune.reporting.figures import Row, RunFigures, load
+from parallel_tune.reporting.figures import NoStepYet, Row, RunFigures, load
 from parallel_tune.reporting.html import Markup, join, page, table, tag
 from parallel_tune.reporting.line_chart import Curve, Frame, line_chart
 from parallel_tune.reporting.memory_chart import memory_section
 from parallel_tune.reporting.schedule import Schedule, places_of, schedule_chart
 from parallel_tune.rundir import write_atomically
-from strategies.errors import ConfigError
 
 LOSS = "loss per predicted token (nats)"
 STEP = "optimizer step"
@@ -42,8 +41,8 @@ def try_to_write_page(path: Path) -> None:
     """Write the page at the end of a run, however it ended. What goes wrong here must not hide how it did."""
     try:
         said = f"report: {write_page(path)}"
-    except ConfigError:
-        return  # it ended before its first step
+    except NoStepYet:
+        return
     except Exception as error:
         said = f"no report.html: {type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # nobody may read any more
