@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout is enoug
 
 import lanes as lane_benchmark
 import torch
+from running import told
 from torch import Tensor
 
 from parallel_tune.data import fill_up, join
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str]) -> Path:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", "examples/benchmarks/captured_lanes.py", *arguments]),
+        "command": " ".join(["python", "examples/benchmarks/captured_lanes.py", *told(arguments)]),
         "shape": options.shape,
         "cuts": list(stages.cuts),
         "micro_batches": options.micro_batches,

@@ -26,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout is enough, nothing has to be installed
+
+from running import told
 
 from strategies.pipeline import Lanes
 from strategies.stages import Stages, split
@@ -252,7 +255,7 @@ def main(arguments: Sequence[str]) -> Path:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         | {"python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", "examples/benchmarks/lanes.py", *arguments]),
+        "command": " ".join(["python", "examples/benchmarks/lanes.py", *told(arguments)]),
     }
     options.results.mkdir(parents=True, exist_ok=True)
     path: Path = options.results / f"lanes.{record['hardware']}.json"

@@ -50,6 +50,7 @@ from prediction_watch import ProcessMemory
 from shapes import SHAPES
 
 from parallel_tune.hardware import probe_details
+from parallel_tune.outcome import write_atomically
 from parallel_tune.report import versions
 from strategies.contracts import Device
 
@@ -237,9 +238,7 @@ def write_record(path: Path, hardware: str, rows: list[dict[str, Any]]) -> None:
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def _bytes_of(row: Row, device: Device, jobs: int) -> int:
