@@ -224,7 +224,7 @@ def measure(options: argparse.Namespace, record: Record, folder: Path, began: fl
         starts[case.name] = time.monotonic()
         return benchmark.run_case(case, slot, over)
 
-    def done(task: Task, good: bool) -> bool:
+    def done(task: Task[Case], good: bool) -> bool:
         usual.append(time.monotonic() - starts[task.row.name])
         if not good and options.jobs > 1 and not task.alone:
             say(f"{task.row.name}: what failed beside others, which may be why, is run once more, alone")
@@ -233,7 +233,7 @@ def measure(options: argparse.Namespace, record: Record, folder: Path, began: fl
         return False
 
     def in_time(_: Case) -> bool:
-        return time.monotonic() - began + statistics.mean(usual) <= options.seconds
+        return time.monotonic() - began + statistics.mean(usual) <= float(options.seconds)
 
     try:
         gpus, total, room = "", 0, 0

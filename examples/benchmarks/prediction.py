@@ -290,7 +290,7 @@ def measure(options: argparse.Namespace) -> Path:
                 failed = f"{type(error).__name__}: {error}"
                 return described(row, options.jobs, began) | {"failed": failed, "ran_out_of_memory": False}
 
-        def done(task: Task, result: dict[str, Any]) -> bool:
+        def done(task: Task[Row], result: dict[str, Any]) -> bool:
             nonlocal measured
             usual[task.row.engine].append(result["seconds"])
             print(line(result), flush=True)

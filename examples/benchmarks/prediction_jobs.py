@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from prediction_again import read_arguments
 from prediction_edges import facts_of
@@ -27,9 +27,12 @@ buffer where it is low: a row beside others must not go another way than alone."
 POLL_SECONDS = 0.5
 """How long to wait at a time: an interrupt that comes just before a wait does not end it."""
 
+RowT = TypeVar("RowT")
+"""What runs: a row, or what another benchmark has instead."""
+
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[RowT]):
     """A row that waits or runs.
 
     Attributes:
@@ -37,7 +40,7 @@ class Task:
         alone: nothing else may run beside it.
     """
 
-    row: Row
+    row: RowT
     bytes: int
     alone: bool = False
 
@@ -56,7 +59,7 @@ def room_bytes(free_bytes: int) -> int:
     return min(int(SHARE * free_bytes), free_bytes - ALWAYS_FREE_BYTES)
 
 
-def next_task(waiting: Sequence[Task], running: Sequence[Task], jobs: int, room: int) -> Task | None:
+def next_task(waiting: Sequence[Task[RowT]], running: Sequence[Task[RowT]], jobs: int, room: int) -> Task[RowT] | None:
     """The first that may begin now; None if all must wait.
 
     Where nothing runs, that is the first of all, however large. A smaller one may overtake a larger one, but none
@@ -76,12 +79,12 @@ def next_task(waiting: Sequence[Task], running: Sequence[Task], jobs: int, room:
 
 
 def run_side_by_side(
-    tasks: Sequence[Task],
+    tasks: Sequence[Task[RowT]],
     jobs: int,
     room: int,
-    run: Callable[[Row, int, threading.Event], Any],
-    done: Callable[[Task, Any], bool],
-    in_time: Callable[[Row], bool],
+    run: Callable[[RowT, int, threading.Event], Any],
+    done: Callable[[Task[RowT], Any], bool],
+    in_time: Callable[[RowT], bool],
     settle: Callable[[], None],
 ) -> int:
     """Run all, and say how many are left because time is short.
@@ -98,7 +101,7 @@ def run_side_by_side(
         BaseException: what one of these raised, KeyboardInterrupt too, when all rows have ended.
     """
     waiting = list(tasks)
-    running: dict[Future[Any], tuple[Task, int]] = {}
+    running: dict[Future[Any], tuple[Task[RowT], int]] = {}
     left = 0
     over = threading.Event()
     with ThreadPoolExecutor(jobs) as pool:
