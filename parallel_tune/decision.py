@@ -66,7 +66,7 @@ def decide(
             )
         if process is not None:
             plan = tracing.with_traces(plan, config, process)
-    plan, learned = correct(plan, kind_of_run(config, plan), machine.corrections)
+    plan, learned = correct(plan, kind_of_run(config, facts, plan), machine.corrections)
     plan = replace(
         plan,
         launch=worker_argv(plan, "RUN_DIRECTORY"),

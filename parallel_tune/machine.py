@@ -15,12 +15,13 @@ from parallel_tune.hardware import probe_details
 from parallel_tune.memory import constants, corrections, stage_times
 from parallel_tune.memory.constants import Measured, NotMeasured
 from parallel_tune.memory.corrections import Corrections
+from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.memory.machine_key import MachineKey, cpu_key, machine_key
 from parallel_tune.memory.settings import MachineConstants
 from parallel_tune.memory.stage_times import StageTimes
 from parallel_tune.nvml import MIB, driver_version, read_nvml
-from parallel_tune.planning import training_settings
+from parallel_tune.planning import in_4bit, training_settings
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, RunFailed
 
@@ -107,8 +108,9 @@ def remember(plan: Plan, report: Mapping[str, Any], config: TrainConfig, run: st
 
     Raises:
         OSError: the cache cannot be written.
+        ConfigError: the model's config is gone.
     """
-    rows = corrections.rows_of(report, plan, kind_of_run(config, plan), run)
+    rows = corrections.rows_of(report, plan, kind_of_run(config, load_model_facts(config.model), plan), run)
     # Under --hardware the names are those of the table, and no plan for the cards themselves would ask for them.
     here = {card.name for card in read_nvml()} if rows else set()
     for name in here.intersection(rows):
@@ -136,11 +138,11 @@ def remember_stages(plan: Plan, report: Mapping[str, Any], config: TrainConfig, 
         stage_times.remember(key, rows[name])
 
 
-def kind_of_run(config: TrainConfig, plan: Plan) -> str:
+def kind_of_run(config: TrainConfig, facts: ModelFacts, plan: Plan) -> str:
     """What the corrections of a run are kept under."""
     method = "full" if config.full_finetuning else "lora"
     stages = len(plan.devices) if plan.processes == 1 else 1
-    return corrections.kind_of(plan.engine, method, config.load_in_4bit, plan.processes, stages, plan.estimate)
+    return corrections.kind_of(plan.engine, method, in_4bit(config, facts), plan.processes, stages, plan.estimate)
 
 
 def _measure(

@@ -211,7 +211,7 @@ def training_settings(
     unmasked = padding_free and config.attn_implementation != "eager"
     return TrainingSettings(
         method="full" if config.full_finetuning else "lora",
-        load_in_4bit=config.load_in_4bit,
+        load_in_4bit=in_4bit(config, facts),
         lora_rank=config.r,
         lora_targets=tuple(config.target_modules),
         lora_dropout=config.lora_dropout,
@@ -228,6 +228,20 @@ def training_settings(
         repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
         segments_grow=segments_grow(os.environ),
     )
+
+
+def in_4bit(config: TrainConfig, facts: ModelFacts) -> bool:
+    """Whether the frozen weights are held in 4 bit: as was asked for, or because the model's files hold them so.
+
+    Raises:
+        ConfigError: they would have to train.
+    """
+    if facts.quantized_4bit and config.full_finetuning:
+        raise ConfigError(
+            f"full_finetuning: {config.model} holds its weights in 4 bit, which cannot be trained",
+            "Drop --full_finetuning, or give the model in 16 bit.",
+        )
+    return config.load_in_4bit or facts.quantized_4bit
 
 
 def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
@@ -286,7 +300,7 @@ def _suggestions(
         fits("--strategy auto", config.replace(strategy="auto"))
     if not _is_fused(config, engine):
         fits("--cross_entropy fused", config.replace(cross_entropy="fused"))
-    if not config.load_in_4bit and not config.full_finetuning:
+    if not in_4bit(config, facts) and not config.full_finetuning:
         fits("--load_in_4bit", config.replace(load_in_4bit=True))
     if config.full_finetuning:
         fits("LoRA instead of --full_finetuning", config.replace(full_finetuning=False))

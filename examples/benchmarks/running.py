@@ -25,7 +25,7 @@ MODEL_SECONDS = 300
 """In which a random model must be made."""
 
 LAST_WORDS_SECONDS = 10
-OF_THE_MACHINE = ("--model", "--work", "--results", "--seconds", "--run_seconds")
+OF_THE_MACHINE = ("--model", "--models", "--only", "--work", "--results", "--seconds", "--run_seconds")
 """Options, with a value each, that say nothing of what is measured."""
 
 
