@@ -36,6 +36,8 @@ def test_the_benchmark_runs_small_goes_on_and_draws(benchmark: Any, tmp_path: Pa
     # The same command once more has nothing left to do.
     benchmark.main([*command, "--go_on", "--seconds=0"])
     assert json.loads(written.read_text())["rows"] == record["rows"]
+    # Nor has one that is to make runs of which there are none.
+    assert not benchmark.main(["--small", "--only=ddp,single", f"--results={tmp_path / 'none'}"]).exists()
 
     capsys.readouterr()
     assert benchmark.main([f"--picture={written}"]) == written

@@ -10,7 +10,8 @@ ways train the same rows in the same steps with the same checkpointing. Figures 
 first few. `ballast=GIB` lets another process hold so much of each card, so that one card cannot hold the model; the
 plan's row tells why ddp was not taken, and what a plan chooses when it is left alone. What fails, or does not fit in
 --seconds, is left out and said. Writes results/split_speed.HARDWARE.json beside this file, anew after each run; with
---go_on the same command, once more, does what is missing, and --only TEXT of that the cases that contain it.
+--go_on the same command, once more, does what is missing, and --only TEXT,TEXT of that the runs whose names contain one
+of them: CASE-WAY and CASE-plan.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default="llama-8b:unsloth:12,llama-8b:transformers:12")
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--only", default="", help="of the cases, those that contain this are measured now")
+    parser.add_argument("--only", default="", help="of all runs, those that contain one of these")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, where a case does not say")
     parser.add_argument("--checkpointing", default="none", help="of all ways, where a case does not say")
@@ -93,23 +94,27 @@ class Benchmark:
 
     def measure(self, has: Callable[[str], bool] = lambda _: False) -> Iterator[dict[str, Any]]:
         """All runs, case by case, but those that are there; one that fails gives a row that says so."""
-        cases = [case for case in self._options.cases if self._options.only in case.name]
+
+        def is_done(name: str) -> bool:
+            return has(name) or not any(text in name for text in self._options.only.split(","))
+
+        cases = [case for case in self._options.cases if not all(map(is_done, self._names(case)))]
         for place, case in enumerate(cases):
-            names = [f"{case.name}-{what}" for what in ("plan", *self._options.ways)]
-            if all(map(has, names)):
-                continue
-            yield from self._of_case(case, has)
+            yield from self._of_case(case, is_done)
             if not self._options.keep_models and all(other.shape != case.shape for other in cases[place + 1 :]):
                 shutil.rmtree(self._models / case.shape, ignore_errors=True)
 
-    def _of_case(self, case: Case, has: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    def _names(self, case: Case) -> list[str]:
+        return [f"{case.name}-{what}" for what in ("plan", *self._options.ways)]
+
+    def _of_case(self, case: Case, is_done: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
         try:
             model, rows = self._model(case.shape), self._folder / f"{case.name.replace(':', '-')}.jsonl"
             make_rows(str(model), rows, case.micro_batches * self._options.steps, case.tokens + SPARE_TOKENS)
             with ballast(case.ballast_gib) as free_bytes:
                 more = {"case": case.name, **({"free_bytes": free_bytes} if free_bytes else {})}
                 for name, run in self._runs(case, model, rows):
-                    if has(name):
+                    if is_done(name):
                         continue
                     if self._left() <= 0:
                         over = f"not begun: {self._options.seconds:.0f} s were over"
@@ -120,9 +125,10 @@ class Benchmark:
             yield {"what": f"{case.name}-all", "case": case.name, "failed": str(error)}
 
     def _runs(self, case: Case, model: Path, rows: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-        yield f"{case.name}-plan", partial(self._plan, case, model)
-        for way in self._options.ways:
-            yield f"{case.name}-{way}", partial(self._run, case, way, model, rows)
+        plan, *ways = self._names(case)
+        yield plan, partial(self._plan, case, model)
+        for name, way in zip(ways, self._options.ways, strict=True):
+            yield name, partial(self._run, case, way, model, rows)
 
     def _model(self, shape: str) -> Path:
         call([sys.executable, str(HERE / "filled_models.py"), str(self._models), shape],
