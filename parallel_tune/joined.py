@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from parallel_tune.refusal import Launch
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
-from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError
+from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, RunFailed
 
 
 def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
@@ -51,6 +52,10 @@ def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
     except ParallelTuneError as error:
         click.echo(f"parallel-tune: {error}", err=True)
         return {"code": error.exit_code}
+    except Exception:
+        # The others wait for word, and the ordinary end of a process in a group may never come.
+        traceback.print_exc()
+        return {"code": RunFailed.exit_code}
     click.echo(render_plan(plan))
     click.echo(f"run directory: {run.path}")
     return {"run": run.path}

@@ -30,6 +30,9 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 """How long the other processes may take to end by themselves once one has failed, or rank 0 has said how it ended."""
 
+PROCESS_EXITING = 0x4
+"""Linux's PF_EXITING, among the flags in /proc/PID/stat."""
+
 LEAST_FREE_BYTES = 2**20
 """With less room than this on its disk, a process that ended without a word could not write one."""
 
@@ -202,8 +205,10 @@ class Watcher:
             if self._signals > 1 or (deadline is not None and time.monotonic() > deadline):
                 return vanished
             if deadline is None:
+                # In this order: what a rank said because another one died is not read before that death is seen.
+                outcomes = self._outcomes()
                 vanished = self._vanished()
-                if vanished or self._is_decided(self._outcomes()):
+                if vanished or self._is_decided(outcomes):
                     deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
         # Without their launcher ranks are gone or about to be; one that was killed took all along, not only the first.
@@ -343,7 +348,21 @@ def _alive(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return True
-    return status.rpartition(")")[2].split()[0] != "Z"
+    return not has_ended(status)
+
+
+def has_ended(status: str) -> bool:
+    """Whether a process is a zombie, or on its way to be one.
+
+    Of a process that used a GPU the driver may take seconds to release all, and its sockets may be closed by then: the
+    other ranks would complain of that before its death is seen.
+
+    Args:
+        status: its /proc/PID/stat.
+    """
+    # The name in parentheses may hold anything.
+    fields = status.rpartition(")")[2].split()
+    return fields[0] in ("Z", "X") or bool(int(fields[6]) & PROCESS_EXITING)
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -82,6 +82,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
         if hasattr(self.model, "peft_config"):
+            read_adapters_onto(self.model, session.device)
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -271,6 +272,15 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             best = self.state.best_model_checkpoint
             rotate(checkpoint.parent, self._keep, Path(best) if best and self.args.load_best_model_at_end else None)
         self.session.barrier()
+
+
+def read_adapters_onto(model: Any, device: torch.device) -> None:
+    """Let checkpoints' adapters be read onto this device.
+
+    By itself peft reads them onto "cuda", which is the first GPU for safetensors, whatever the current one is: each
+    resumed rank would hold a context there as well.
+    """
+    model.load_adapter = partial(model.load_adapter, torch_device=str(device))
 
 
 def build_trainer(

@@ -1,6 +1,7 @@
 """Two GPUs and NCCL: launchers refused and joined, processes killed and stopped in mid-run, the losses of one GPU.
 
-`pytest -m gpu tests/gpu/test_gpu_faults.py -n 6` runs it in about 100 seconds, with the constants of the machine known.
+`pytest -m gpu tests/gpu/test_gpu_faults.py -n 6 --dist=worksteal` runs it in about 100 seconds, with the constants of
+the machine known.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ LAUNCHERS = {
         "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
     ),
 }  # fmt: skip
+
+RANKS = {("0", 0), ("1", 1)}
+"""Of two ranks: each holds memory on its own card alone."""
 
 ENDING_SECONDS = 60
 """Far more than the other processes need to end; far less than NCCL would wait for the one that is gone."""
@@ -117,7 +121,7 @@ def wait_until_none(alive: Alive, run: Path, ours: set[int]) -> None:
 
 
 def cards_of_ranks(command: Command) -> set[tuple[str, int]]:
-    """LOCAL_RANK of each process that held memory on a card while a command ran, and the card."""
+    """LOCAL_RANK of each process that held memory on a card while a command ran, or "none", and the card."""
     held: set[tuple[str, int]] = set()
     deadline = time.monotonic() + WHOLE_SECONDS
     while command.process.poll() is None and time.monotonic() < deadline:
@@ -155,13 +159,21 @@ def assert_it_went_on(resumed: Ended, checkpoint: int, rows_before: int, whole: 
     assert resumed.report["tokens"] == whole.report["tokens"]
 
 
-def resume(tune: Any, killed: Ended, whole: Ended) -> None:
-    """Go on with a run that ended in the middle, and compare."""
+def resume(killed: Ended, env: dict[str, str], whole: Ended, expected: set[tuple[str, int]]) -> None:
+    """Go on with a run that ended in the middle, each rank on its own card, and compare."""
     checkpoint = int(complete_checkpoints(killed.run)[-1].name.partition("-")[2])
     rows_before = len(killed.metrics)
     assert SAVE_STEPS <= checkpoint <= killed.metrics[-1]["step"] < STEPS
-    tune(killed.run, verb="resume")
-    assert_it_went_on(Ended(0, "", "", killed.run), checkpoint, rows_before, whole)
+    place = killed.run.parent / "resumed"
+    place.mkdir()
+    argv = [sys.executable, "-P", "-m", "parallel_tune", "resume", str(killed.run)]
+    command = Command(argv, env, place, place, killed.run)
+    held = cards_of_ranks(command)
+    resumed = command.wait(ENDING_SECONDS)
+    assert resumed.code == 0, f"{resumed.err}\n{logs(resumed.run)}"
+    assert f"resuming from checkpoint-{checkpoint}" in resumed.out
+    assert held == expected
+    assert_it_went_on(resumed, checkpoint, rows_before, whole)
 
 
 def kill_after_a_checkpoint(command: Command, rank: int) -> tuple[Ended, set[int]]:
@@ -184,7 +196,6 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(
     engine: str,
     capture: str,
     shape: Callable[[str], Path],
-    tune: Any,
     whole: Whole,
     clean: dict[str, str],
     alive: Alive,
@@ -195,11 +206,11 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(
     ended, ours = kill_after_a_checkpoint(begin(tmp_path, clean, *options), rank=1)
     assert_killed(ended, rank=1)
     wait_until_none(alive, ended.run, ours)
-    resume(tune, ended, whole(f"{engine}-{capture}", *options))
+    resume(ended, clean, whole(f"{engine}-{capture}", *options), RANKS)
 
 
 def test_a_killed_split_ends_all_and_the_run_goes_on(
-    shape: Callable[[str], Path], tune: Any, whole: Whole, clean: dict[str, str], alive: Alive, tmp_path: Path
+    shape: Callable[[str], Path], whole: Whole, clean: dict[str, str], alive: Alive, tmp_path: Path
 ) -> None:
     options = (*settings(shape, "model_parallel"), "--capture=off", "--stages=2", *TWO)
     ended, ours = kill_after_a_checkpoint(begin(tmp_path, clean, *options), rank=0)
@@ -207,14 +218,13 @@ def test_a_killed_split_ends_all_and_the_run_goes_on(
     wait_until_none(alive, ended.run, ours)
     uninterrupted = whole("split", *options)
     assert cards_used(uninterrupted) == [0, 1]
-    resume(tune, ended, uninterrupted)
+    resume(ended, clean, uninterrupted, {("none", 0), ("none", 1)})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_both_ranks_at_one_step_and_the_run_goes_on(
     number: signal.Signals,
     shape: Callable[[str], Path],
-    tune: Any,
     whole: Whole,
     clean: dict[str, str],
     alive: Alive,
@@ -232,7 +242,7 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_run_goes_on(
     assert f"parallel-tune resume {stopped.run}" in stopped.err
     assert complete_checkpoints(stopped.run)[-1].name == f"checkpoint-{said[1]}"
     wait_until_none(alive, stopped.run, ours)
-    resume(tune, stopped, whole("transformers-off", *options))
+    resume(stopped, clean, whole("transformers-off", *options), RANKS)
 
 
 @pytest.mark.parametrize("method", ["lora", "4bit"])
@@ -269,7 +279,7 @@ def test_the_processes_of_torchrun_train_each_on_a_card_of_its_own(
     held = cards_of_ranks(command)
     joined = command.wait(ENDING_SECONDS)
     assert joined.code == 0, f"{joined.out}\n{joined.err}"
-    assert held == {("0", 0), ("1", 1)}
+    assert held == RANKS
     assert joined.plan["processes"] == 2 and cards_used(joined) == [0, 1]
     assert joined.out.count("result: ") == 1
     expected = whole("transformers-off", *options, *TWO)

@@ -13,24 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pynvml
 import pytest
+from card_holders import family
 
 from parallel_tune.nvml import read_nvml
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not read_nvml(), reason="no GPU")]
 ROOT = Path(__file__).parents[2]
 DATASET = ROOT / "examples" / "short_answers.jsonl"
-
-
-def family(process: subprocess.Popen[bytes]) -> set[int]:
-    """Process ids of a command and all that it has started."""
-    try:
-        parent = psutil.Process(process.pid)
-        return {process.pid, *(child.pid for child in parent.children(recursive=True))}
-    except psutil.NoSuchProcess:
-        return set()
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
@@ -61,7 +52,7 @@ def test_no_process_holds_memory_on_two_cards(
     try:
         while process.poll() is None:
             assert time.monotonic() < deadline
-            ours = family(process)
+            ours = family(process.pid)
             # The constants of the machine are measured by a process of its own, before the run has a folder.
             for number, card in cards.items() if run.exists() else ():
                 for holder in pynvml.nvmlDeviceGetComputeRunningProcesses(card):

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from parallel_tune import joined
+from parallel_tune.config import make_config
+from parallel_tune.refusal import find_launch
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
 ACCELERATE = (
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
@@ -98,3 +102,19 @@ def test_a_resume_by_several_processes_is_refused(tune: Any, split_run: Any) -> 
     ended = tune.ended("resume", str(split_run.run), base=False, env=ranks)
     assert ended.code == 2
     assert "`resume` starts the run's own" in ended.err
+
+
+def test_an_error_of_the_rank_that_plans_reaches_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They wait for its word, and it for its group's threads when it ends in the ordinary way."""
+
+    def fails(*_: Any) -> None:
+        raise ArithmeticError("a third party's fault")
+
+    monkeypatch.setattr(joined, "plan_for", fails)
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    launch = find_launch(ranks)
+    assert launch is not None
+    assert joined._decide(make_config({"dataset": "rows.jsonl"}), launch) == {"code": 1}
+    assert "ArithmeticError: a third party's fault" in capsys.readouterr().err

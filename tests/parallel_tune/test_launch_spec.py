@@ -14,7 +14,7 @@ import pytest
 from parallel_tune.allocator import VARIABLES, segments_grow
 from parallel_tune.config import make_config
 from parallel_tune.hardware import parse_hardware
-from parallel_tune.launch import Watcher, launch_spec
+from parallel_tune.launch import Watcher, has_ended, launch_spec
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.process import die_with_parent
@@ -193,3 +193,15 @@ def test_a_plan_counts_more_reserve_where_segments_do_not_grow(monkeypatch: pyte
     growing = plan("1xH100-80GB", **options).devices[0].memory.reserve_bytes
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     assert plan("1xH100-80GB", **options).devices[0].memory.reserve_bytes > 2 * growing > 0
+
+
+def test_a_process_that_is_being_torn_down_counts_as_ended() -> None:
+    """The driver of a GPU may take seconds for it, in which the process is no zombie yet."""
+    running = Path("/proc/self/stat").read_text()
+    assert not has_ended(running)
+    before, _, fields = running.rpartition(")")
+    state, *rest = fields.split()
+    exiting = [*rest[:5], str(int(rest[5]) | 0x4), *rest[6:]]
+    assert has_ended(f"{before}) {' '.join([state, *exiting])}")
+    assert has_ended(f"{before}) Z {' '.join(rest)}")
+    assert has_ended(f"1 (a) R (b) Z {' '.join(rest)}")

@@ -232,3 +232,34 @@ def test_an_error_of_a_rank_is_told_and_ends_the_others(
     again = tune.ended("resume", str(ended.run), base=False)
     assert again.code == 2
     assert re.search("no complete checkpoint", again.err)
+
+
+def test_adapters_are_read_onto_the_ranks_own_device(
+    split_run: Any, tied_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are GPUs, peft would choose one by itself: "cuda", which safetensors takes for the first."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from parallel_tune.training import read_adapters_onto
+
+    base = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, split_run.run / "adapter")
+    asked = []
+    load = peft.peft_model.load_peft_weights
+
+    def noted(folder: str, device: str, **rest: Any) -> Any:
+        asked.append(device)
+        return load(folder, device="cpu", **rest)
+
+    monkeypatch.setattr(peft.peft_model, "infer_device", lambda: "cuda")
+    monkeypatch.setattr(peft.peft_model, "load_peft_weights", noted)
+    checkpoint = str(split_run.run / "checkpoint-16")
+    model.load_adapter(checkpoint, "default", is_trainable=True)
+    read_adapters_onto(model, torch.device("cuda", 1))
+    model.load_adapter(checkpoint, "default", is_trainable=True)
+    assert asked == ["cuda", "cuda:1"]
+    saved = load_file(split_run.run / "checkpoint-16" / "adapter_model.safetensors")
+    held = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(held[name], tensor) for name, tensor in saved.items())
