@@ -260,7 +260,8 @@ def measure(options: argparse.Namespace) -> Path:
     # Edge rows run alone, for which all others would have to end: they come when these are through.
     edges = edge_rows(device)
     all_rows = list(SEEN_ROWS) if options.in_view else [*ROWS, *edges, *FIXED_ROWS]
-    todo = [row for row in all_rows if row.name not in settled and options.only in row.name]
+    asked = options.only.split(",")
+    todo = [row for row in all_rows if row.name not in settled and any(text in row.name for text in asked)]
     failed = {row.get("name") for row in measured} - settled
     todo.sort(key=lambda row: row.name in failed)  # those that failed come last
     options.work.mkdir(parents=True, exist_ok=True)
@@ -319,7 +320,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0, help="begin no row that would end later; 0: all rows")
     parser.add_argument("--jobs", type=int, default=1, help="rows that may run side by side; 1: one after the other")
-    parser.add_argument("--only", default="", help="only rows whose names contain this")
+    parser.add_argument("--only", default="", help="TEXT,TEXT: only rows whose names contain one of these")
     parser.add_argument("--in-view", action="store_true", help="only rows that have changed a formula")
     parser.add_argument("--work", type=Path, default=Path("/tmp/parallel-tune-prediction"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
