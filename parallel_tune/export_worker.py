@@ -54,6 +54,7 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
     folder = unfinished(target)
     match wanted.method:
         case "lora":
+            require_readable(run.adapter)
             shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
         case "merged_16bit":
             save_merged(run, config, folder)
@@ -86,6 +87,23 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
                 f"{target} is written, but the push to {wanted.hub_path} failed: {message}",
                 f"`hf upload {wanted.hub_path} {target}` pushes it without a new export.",
             ) from error
+
+
+def require_readable(adapter: Path) -> None:
+    """Refuse an adapter whose weights cannot be read, which a mere copy would not find out.
+
+    Raises:
+        RunFailed: they are cut off, damaged or missing.
+    """
+    from peft import load_peft_weights
+
+    try:
+        load_peft_weights(str(adapter), device="cpu")
+    except Exception as error:
+        raise RunFailed(
+            f"the adapter in {adapter} cannot be read: {type(error).__name__}: {error}",
+            f"Remove that folder: `parallel-tune resume {adapter.parent}` makes it anew from the last checkpoint.",
+        ) from error
 
 
 def save_merged(run: RunDir, config: TrainConfig, folder: Path) -> None:

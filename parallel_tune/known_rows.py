@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+
+import click
 
 from parallel_tune.capture import NO_ROOM, RECOMPUTED
 from parallel_tune.config import TrainConfig
@@ -29,6 +33,9 @@ MOST_ROWS = 2_000_000
 
 MOST_ROWS_DEALT = 200_000
 """Rows of a whole run up to which they are dealt as the run will: a second for each arrangement that is looked at."""
+
+SILENT_SECONDS = 3.0
+"""After which a plan that is still reading rows says what it waits for."""
 
 
 def could_do_better(config: TrainConfig, plan: Plan, num_devices: int) -> bool:
@@ -146,7 +153,7 @@ def measure_rows(config: TrainConfig) -> KnownRows:
     kept = lengths_file(config)
     if kept is not None and (known := read_lengths(kept)) is not None:
         return KnownRows(*known)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _saying(f"reading the rows of {config.data_source} for the plan"):
         found = Path(folder) / "lengths.json"
         for options in (["--without-torch"], []):  # seconds sooner, and enough for nearly every tokenizer
             # It needs no GPU, and must leave none of their memory in use.
@@ -171,3 +178,15 @@ def measure_rows(config: TrainConfig) -> KnownRows:
     if kept is not None and lengths_file(config) == kept:  # else the data have changed meanwhile
         keep_lengths(kept, *known)
     return KnownRows(*known)
+
+
+@contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """Within it, a line on stderr once it has taken long."""
+    late = threading.Timer(SILENT_SECONDS, partial(click.echo, text, err=True))
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()

@@ -106,6 +106,7 @@ def test_rows_without_text_or_answer_are_empty(row: dict[str, Any]) -> None:
         ({"conversations": [SHARED[0], {"from": "gpt", "text": "b"}]}, "without content (it has from, text)"),
         ({"messages": "[]"}, "messages (messages is of type str, not a list)"),
         ({"prompt": "a", "completion": TURNS[1:]}, "'prompt' is str 'a', not a list"),
+        ({"prompt": "a", "completion": "b", "label": False}, "row 1: 'label' is False"),
         ({"text": "so \ud83d"}, "row 1: 'text' holds '\\ud83d', half of a character, after 'so '"),
     ],
 )

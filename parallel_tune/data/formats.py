@@ -127,6 +127,12 @@ def read_row(row: Mapping[str, Any], row_format: RowFormat, number: int) -> Conv
         question = "\n\n".join(part for part in (instruction, given) if part.strip())
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return Conversation(turns, plain=PlainText(alpaca_prompt(instruction, given), answer))
+    if row.get("label") is False:
+        raise ConfigError(
+            f"row {number}: 'label' is False, which marks a completion that is not to be given (KTO's form), and every "
+            "completion is trained on",
+            "leave such rows out; TRL's KTO script, run by `parallel-tune launch`, learns from both kinds",
+        )
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
         before, after = _turns(prompt, "prompt", number), _turns(completion, "completion", number)

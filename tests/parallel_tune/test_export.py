@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -94,6 +95,16 @@ def test_adapter_and_merged_models_load_elsewhere_and_give_the_same_logits(
     assert "16" in json.loads((merged_folder / "config.json").read_text())["dtype"]
     quantization = json.loads((tmp_path / "merged_4bit" / "out" / "config.json").read_text())["quantization_config"]
     assert quantization["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_damaged_adapter_is_not_exported(run: parallel_tune.Run, tmp_path: Path) -> None:
+    copied = shutil.copytree(run.path, tmp_path / "run")
+    weights = copied / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = export(parallel_tune.Run(copied), tmp_path, "--save_method", "lora")
+    assert done.returncode == 1
+    assert f"the adapter in {copied / 'adapter'} cannot be read" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Run, tmp_path: Path) -> None:

@@ -133,6 +133,20 @@ def test_without_a_tokenizer_lengths_are_not_measured(rows_file: Any) -> None:
         measure_rows(make_config({"model": "/nowhere", "dataset": str(rows_file), "max_seq_length": 64}))
 
 
+def test_a_plan_that_reads_for_long_says_so(
+    tied_model: Any, rows_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config({"model": str(tied_model), "dataset": str(rows_file), "max_seq_length": 64})
+    config = config.replace(data_cache=False)
+    monkeypatch.setattr("parallel_tune.known_rows.SILENT_SECONDS", 600.0)
+    measure_rows(config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("parallel_tune.known_rows.SILENT_SECONDS", 0.01)
+    measure_rows(config)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"reading the rows of {rows_file} for the plan\n")
+
+
 def test_a_broken_tokenizer_is_not_blamed_on_the_rows(tied_model: Any, tmp_path: Path) -> None:
     model = shutil.copytree(tied_model, tmp_path / "model")
     (model / "tokenizer.json").write_text("{}")
