@@ -29,6 +29,8 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     """Join the launcher's processes, train, and end this one with the run's code."""
     os.environ.update(launch.environment)
     os.environ.update(allocator_variables(os.environ))
+    # The plan numbers GPUs so; CUDA by itself would put the fastest first, where they differ.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import torch
     import torch.distributed as dist
 

@@ -118,3 +118,24 @@ def test_an_error_of_the_rank_that_plans_reaches_the_others(
     assert launch is not None
     assert joined._decide(make_config({"dataset": "rows.jsonl"}), launch) == {"code": 1}
     assert "ArithmeticError: a third party's fault" in capsys.readouterr().err
+
+
+def test_a_rank_numbers_gpus_as_its_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are GPUs of several kinds, CUDA by itself would give a rank another card than it was planned for."""
+    from strategies import sessions
+
+    class Joining(Exception):
+        pass
+
+    def join(*_: Any) -> None:
+        raise Joining
+
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sessions, "join_processes", join)
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    launch = find_launch(ranks)
+    assert launch is not None
+    with pytest.raises(Joining):
+        joined.train_as_rank(make_config({"dataset": "rows.jsonl"}), launch)
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
