@@ -29,13 +29,17 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     """Join the launcher's processes, train, and end this one with the run's code."""
     os.environ.update(launch.environment)
     os.environ.update(allocator_variables(os.environ))
+    # The plan numbers GPUs so; CUDA by itself would put the fastest first, where they differ.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    hardware = devices_for(config, launch.world_size)  # a rank without a card of its own could not even join
     import torch
     import torch.distributed as dist
 
     from strategies.sessions import join_processes
 
     use = look_before(os.environ)  # joining takes a context on the card
-    join_processes(torch.cuda.is_available(), launch.local_rank, config.ddp_timeout)
+    cuda = hardware.kind == "cuda" and torch.cuda.is_available()
+    join_processes(cuda, launch.local_rank, config.ddp_timeout)
     decision: list[dict[str, Any]] = [_decide(config, launch) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
@@ -68,17 +72,9 @@ def plan_for(config: TrainConfig, world_size: int, launcher: str) -> Plan:
         NoStrategyFits: a replica does not fit each of the devices.
         ConfigError: there are fewer devices than processes.
     """
-    if config.hardware is None:
-        hardware = find_hardware(config)
-        if hardware.kind == "cpu":
-            config = replace(config, hardware=f"cpu:{world_size}")
-    hardware = find_hardware(config)
-    if len(hardware.devices) < world_size:
-        raise ConfigError(
-            f"the launcher started {world_size} processes and there are {len(hardware.devices)} devices",
-            f"Start {len(hardware.devices)} processes, or let parallel-tune start them itself.",
-        )
-    used = Hardware(hardware.devices[:world_size], hardware.declared)
+    used = devices_for(config, world_size)
+    if used.kind == "cpu":
+        config = config.replace(hardware=f"cpu:{world_size}")
     config = config.replace(strategy="ddp" if config.strategy == "auto" else config.strategy)
     plan, lines = decide(config, used)
     for line in lines:
@@ -94,6 +90,23 @@ def plan_for(config: TrainConfig, world_size: int, launcher: str) -> Plan:
             "Start fewer processes, or let parallel-tune start them itself; model_parallel splits one replica.",
         )
     return plan
+
+
+def devices_for(config: TrainConfig, world_size: int) -> Hardware:
+    """A device for each process.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    hardware = find_hardware(config)
+    if config.hardware is None and hardware.kind == "cpu":
+        hardware = find_hardware(replace(config, hardware=f"cpu:{world_size}"))
+    if len(hardware.devices) < world_size:
+        raise ConfigError(
+            f"the launcher started {world_size} processes and there are {len(hardware.devices)} devices",
+            f"Start {len(hardware.devices)} processes, or let parallel-tune start them itself.",
+        )
+    return Hardware(hardware.devices[:world_size], hardware.declared)
 
 
 def _obey(run: rundir.RunDir, rank: int, hub_token: str | None, use: CardUse) -> NoReturn:

@@ -22,6 +22,7 @@ from parallel_tune.allocator import allocator_variables
 from parallel_tune.outcome import process_id_file
 from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir, read_outcome
+from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
@@ -131,6 +132,7 @@ class Watcher:
         self._signals = 0
         self._signal = signal.SIGTERM
         self._forwarded = False
+        self._log_begins: dict[int, int] = {}
 
     @property
     def signalled(self) -> bool:
@@ -158,6 +160,7 @@ class Watcher:
         for rank in range(self._processes):
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
+            self._log_begins[rank] = log_size(self._run.log(rank))
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
             process = subprocess.Popen(
                 self._spec.argv,
@@ -284,9 +287,10 @@ class Watcher:
             raise RunFailed(full, f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint.")
         if vanished:
             names = ", ".join(f"rank {rank}" for rank in vanished)
+            log = self._run.log(vanished[0])
             raise RunFailed(
-                f"{names} ended without a word: killed from outside, or out of host memory",
-                f"Log: {self._run.log(vanished[0])}; `parallel-tune resume {self._run.path}` goes on from the last "
+                f"{names} ended without a word: {why_silent(log, self._log_begins[vanished[0]])}",
+                f"Log: {log}; `parallel-tune resume {self._run.path}` goes on from the last "
                 "checkpoint, if there is one.",
             )
         self._raise_first_failure(outcomes)

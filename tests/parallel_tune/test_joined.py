@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parallel_tune import joined
-from parallel_tune.config import make_config
+from parallel_tune import decision, joined
+from parallel_tune.config import TrainConfig, make_config
+from parallel_tune.hardware import parse_hardware
 from parallel_tune.refusal import find_launch
+from strategies.errors import ConfigError
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
 ACCELERATE = (
@@ -20,6 +24,8 @@ ACCELERATE = (
     "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
 )  # fmt: skip
 LAUNCHERS = {"torchrun": (*TORCHRUN, "--nproc-per-node=2"), "accelerate launch": ACCELERATE}
+
+TWO_RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -98,8 +104,7 @@ def test_more_processes_than_devices_is_refused(tmp_path: Path, environment: dic
 
 
 def test_a_resume_by_several_processes_is_refused(tune: Any, split_run: Any) -> None:
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ended = tune.ended("resume", str(split_run.run), base=False, env=ranks)
+    ended = tune.ended("resume", str(split_run.run), base=False, env=TWO_RANKS)
     assert ended.code == 2
     assert "`resume` starts the run's own" in ended.err
 
@@ -113,8 +118,58 @@ def test_an_error_of_the_rank_that_plans_reaches_the_others(
         raise ArithmeticError("a third party's fault")
 
     monkeypatch.setattr(joined, "plan_for", fails)
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    launch = find_launch(ranks)
+    launch = find_launch(TWO_RANKS)
     assert launch is not None
     assert joined._decide(make_config({"dataset": "rows.jsonl"}), launch) == {"code": 1}
     assert "ArithmeticError: a third party's fault" in capsys.readouterr().err
+
+
+class Joining(Exception):
+    """A rank would join the others now."""
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[bool, dict[str, str]]]:
+    """What rank 1 of two would join with: whether by NCCL, and in which environment."""
+    from strategies import sessions
+
+    def join(config: TrainConfig, gpus: str | None = None) -> tuple[bool, dict[str, str]]:
+        found: list[bool] = []
+
+        def note(cuda: bool, *_: Any) -> None:
+            found.append(cuda)
+            raise Joining
+
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr(sessions, "join_processes", note)
+        if gpus is not None:
+            monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+            monkeypatch.setattr(decision, "probe", lambda _: replace(parse_hardware(gpus), declared=False))
+        launch = find_launch(TWO_RANKS | {"RANK": "1", "LOCAL_RANK": "1"})
+        assert launch is not None
+        with pytest.raises(Joining):
+            joined.train_as_rank(config, launch)
+        return found[0], environment
+
+    return join
+
+
+def test_a_rank_numbers_gpus_as_its_plan_does(joins: Callable[..., tuple[bool, dict[str, str]]]) -> None:
+    """Where there are GPUs of several kinds, CUDA by itself would give a rank another card than it was planned for."""
+    by_nccl, environment = joins(make_config({"dataset": "rows.jsonl"}), "2xH100-80GB")
+    assert by_nccl
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_ranks_that_train_on_the_cpu_leave_gpus_alone(joins: Callable[..., tuple[bool, dict[str, str]]]) -> None:
+    by_nccl, _ = joins(make_config({"dataset": "rows.jsonl", "hardware": "cpu:2"}), "2xH100-80GB")
+    assert not by_nccl
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so_before_it_joins(
+    joins: Callable[..., tuple[bool, dict[str, str]]],
+) -> None:
+    """By itself CUDA calls the ordinal invalid, in a traceback."""
+    with pytest.raises(ConfigError, match="the launcher started 2 processes and there are 1 devices"):
+        joins(make_config({"dataset": "rows.jsonl"}), "1xH100-80GB")

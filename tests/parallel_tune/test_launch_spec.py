@@ -20,6 +20,7 @@ from parallel_tune.planning import make_plan
 from parallel_tune.process import die_with_parent
 from parallel_tune.progress import MetricsFollower
 from parallel_tune.rundir import Outcome, RunDir, create, read_metrics, read_outcome, write_outcome
+from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
@@ -205,3 +206,15 @@ def test_a_process_that_is_being_torn_down_counts_as_ended() -> None:
     assert has_ended(f"{before}) {' '.join([state, *exiting])}")
     assert has_ended(f"{before}) Z {' '.join(rest)}")
     assert has_ended(f"1 (a) R (b) Z {' '.join(rest)}")
+
+
+def test_a_rank_that_nccl_ended_is_not_called_killed(tmp_path: Path) -> None:
+    """Logs of a resumed run go on where the earlier processes left them."""
+    log = tmp_path / "rank-0.log"
+    assert (log_size(log), why_silent(log, 0)) == (0, "killed from outside, or out of host memory")
+    gave_up = (
+        "[rank0]:[E1 ProcessGroupNCCL.cpp:690] [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(...)"
+    )
+    log.write_text(f"loading\n{gave_up}\nterminate called\n")
+    assert "another rank did not come to a collective within --ddp_timeout" in why_silent(log, 0)
+    assert "killed from outside" in why_silent(log, log_size(log))
