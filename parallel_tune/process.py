@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import signal
@@ -37,12 +38,18 @@ def importing() -> Iterator[None]:
     """Import libraries without garbage collections, and let later ones pass over what the libraries made.
 
     torch, transformers, trl and peft make more than a million objects that live as long as the process. Going through
-    them again and again was a fifth of the time of their import (examples/benchmarks/imports.py).
+    them again and again was a fifth of the time of their import (examples/benchmarks/imports.py). transformers and trl
+    each read the metadata of all installed packages; here the second one is given what the first one read.
     """
+    import importlib.metadata as metadata  # not for commands that import nothing
+
     gc.disable()
+    read = metadata.packages_distributions
+    metadata.packages_distributions = functools.cache(read)
     try:
         yield
     finally:
+        metadata.packages_distributions = read
         gc.freeze()
         gc.enable()
         # The interpreter's end goes through all once more: triton's bindings complain of what is left.

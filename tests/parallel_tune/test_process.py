@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata as metadata
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,15 @@ def test_a_failed_import_leaves_collections_on(collections: list[str]) -> None:
         raise ImportError("no such library")
     assert gc.isenabled()
     assert many_objects() and collections
+
+
+def test_the_metadata_of_all_packages_are_read_once_among_imports() -> None:
+    before = metadata.packages_distributions
+    with importing():
+        first = metadata.packages_distributions()
+        assert metadata.packages_distributions() is first
+    assert metadata.packages_distributions is before
+    assert first == before() and first is not before()
 
 
 def test_a_process_that_imported_so_ends_without_a_word() -> None:
