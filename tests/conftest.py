@@ -328,6 +328,13 @@ def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return load
 
 
+@pytest.fixture
+def small_model(load_benchmark: Callable[[str], Any], tmp_path: Path) -> Path:
+    """The model of the benchmarks' small runs, made here: making it in a process of its own takes as long as a run."""
+    load_benchmark("shapes").make_model("tiny", tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
 Install = Callable[..., dict[str, str]]
 
 
