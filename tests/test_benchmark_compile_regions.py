@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
-def test_variants_compute_the_same_and_failures_are_kept(load_benchmark: Any, small_model: Path, tmp_path: Path) -> None:
+def test_variants_compute_the_same_and_failures_are_kept(
+    load_benchmark: Any, small_model: Path, tmp_path: Path
+) -> None:
     benchmark = load_benchmark("compile_regions")
     record = json.loads(benchmark.main(["--small", f"--results={tmp_path}", f"--model={small_model}"]).read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()

@@ -144,7 +144,7 @@ DOORS = {
     "a pipeline": "import transformers\ntransformers.pipeline('text-generation', model=sys.argv[1], **HOW)",
     "a checkpoint": "import accelerate\naccelerate.load_checkpoint_and_dispatch(model(), sys.argv[1], **HOW)",
     "dispatch": "import accelerate\naccelerate.dispatch_model(model(), {'model': 0, 'lm_head': 1})",
-    "another name": "from transformers import AutoModelForCausalLM as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
+    "another name": "from transformers import AutoModel as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
     # Last, since its import changes the others.
     "unsloth": "from unsloth import FastLanguageModel as F\nF.from_pretrained(sys.argv[1], **HOW)",
 }

@@ -111,7 +111,7 @@ def test_what_cannot_be_traced_is_said(config: dict[str, Any], message: str) -> 
 def test_what_the_process_cannot_trace_reaches_the_command() -> None:
     whole = {**SHAPE, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2}
     with (
-        pytest.raises(ConfigError, match="cannot trace: .* layers of the kind conv") as caught,
+        pytest.raises(ConfigError, match=r"cannot trace: .* layers of the kind conv") as caught,
         TraceProcess(facts_from_config(whole), whole),
     ):
         pass

@@ -1,0 +1,152 @@
+"""The command as the end-to-end tests start it: on what, in which environment, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+TIMEOUT_SECONDS = 240
+"""Only so that a hang ends; nothing here takes nearly that long."""
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without launchers' variables, quiet, offline, one thread a process."""
+    prefixes = ("ACCELERATE_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PYTHON", "GROUP_", "ROLE_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
+    return clean | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+    run: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Training rows, those of repeated steps too."""
+        rows = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if "loss" in row]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.metrics]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.run / "report.json").read_text())
+        return loaded
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.run / "plan.json").read_text())
+        return loaded
+
+
+class Command:
+    """A started command."""
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: Path, place: Path, run: Path) -> None:
+        self.run = run
+        self._out, self._err = place / "out", place / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+
+    def wait(self) -> Ended:
+        """Until it has ended; a hang is killed and fails the test."""
+        try:
+            self.process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._fail("hung")
+        return Ended(self.process.returncode, self._out.read_text(), self._err.read_text(), self.run)
+
+    def wait_for(self, path: Path) -> None:
+        """Until a file is there."""
+        self._wait_for(path.exists, path.name)
+
+    def wait_for_word(self, text: str) -> None:
+        """Until the command has said it on stderr."""
+        self._wait_for(lambda: text in self._err.read_text(), text)
+
+    def _wait_for(self, there: Callable[[], bool], name: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not there():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self._fail(f"{name!r} never came")
+            time.sleep(0.02)
+
+    def _fail(self, what: str) -> NoReturn:
+        self.process.kill()
+        self.process.wait()
+        pytest.fail(f"{what}:\n{self._out.read_text()}\n{self._err.read_text()}\n{logs(self.run)}")
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+def logs(run: Path) -> str:
+    """The ends of a run's logs, for a failure's message."""
+    return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(run.glob("logs/*.log")))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts the command on the tiny model and dataset, each run in a directory of its own."""
+
+    folder: Path
+    base: tuple[str, ...]
+
+    def start(
+        self,
+        *options: str,
+        base: bool = True,
+        shared_output: bool = True,
+        before: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Command:
+        """Start `parallel-tune`.
+
+        Args:
+            base: add the options that all runs share.
+            shared_output: add an `--output_dir` as well.
+            before: a launcher and its options; it runs `-m parallel_tune`.
+        """
+        number = len(list(self.folder.iterdir()))
+        place = self.folder / str(number)
+        place.mkdir()
+        run = place / "run"
+        program = [*before, "-m", "parallel_tune"] if before else [str(Path(sys.executable).with_name("parallel-tune"))]
+        shared = [*(self.base if base else ()), *(("--output_dir", str(run)) if base and shared_output else ())]
+        if options[:1] == ("resume",):
+            run = Path(options[1])
+        return Command([*program, *options, *shared], clean_environment() | (env or {}), cwd or place, place, run)
+
+    def ended(self, *options: str, **how: Any) -> Ended:
+        """Run to the end, whatever it is."""
+        return self.start(*options, **how).wait()
+
+    def __call__(self, *options: str, **how: Any) -> Ended:
+        """Run to the end, which must be a good one."""
+        ended = self.ended(*options, **how)
+        assert ended.code == 0, f"{ended.out}\n{ended.err}\n{logs(ended.run)}"
+        return ended
