@@ -191,6 +191,13 @@ def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return load
 
 
+@pytest.fixture
+def small_model(load_benchmark: Callable[[str], Any], tmp_path: Path) -> Path:
+    """The model of the benchmarks' small runs, made here: making it in a process of its own takes as long as a run."""
+    load_benchmark("shapes").make_model("tiny", tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
 Install = Callable[..., dict[str, str]]
 
 
@@ -228,25 +235,54 @@ def read_notes() -> Read:
     return read
 
 
+Once = Callable[[str, Callable[[], Ended]], Ended]
+
+
 @pytest.fixture(scope="session")
-def ddp_run(tune: Runner) -> Ended:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Gives a command's end by a name; all processes of a test run share the one that ran first."""
+    from filelock import FileLock
+
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def give(name: str, run: Callable[[], Ended]) -> Ended:
+        kept = common / f"{name}.json"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                ended = run()
+                kept.write_text(json.dumps([ended.code, ended.out, ended.err, str(ended.run)]))
+        code, out, err, folder = json.loads(kept.read_text())
+        return Ended(code, out, err, Path(folder))
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def ddp_run(tune: Runner, once: Once) -> Ended:
     """An uninterrupted run of ddp on two processes, with checkpoints, beside a decoy `strategies` folder."""
-    cwd = tune.folder / "decoys"
-    (cwd / "strategies").mkdir(parents=True)
-    (cwd / "strategies" / "__init__.py").write_text("raise SystemExit('the decoy was imported')")
-    return tune("--strategy=ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2", cwd=cwd)
+
+    def run() -> Ended:
+        cwd = tune.folder / "decoys"
+        (cwd / "strategies").mkdir(parents=True)
+        (cwd / "strategies" / "__init__.py").write_text("raise SystemExit('the decoy was imported')")
+        return tune("--strategy=ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2", cwd=cwd)
+
+    return once("ddp_run", run)
 
 
 @pytest.fixture(scope="session")
-def split_run(tune: Runner) -> Ended:
+def split_run(tune: Runner, once: Once) -> Ended:
     """An uninterrupted run of model_parallel on two stages, with checkpoints."""
-    return tune("--strategy=model_parallel", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+    options = ("--strategy=model_parallel", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+    return once("split_run", lambda: tune(*options))
 
 
 @pytest.fixture(scope="session")
-def single_run(tune: Runner) -> Ended:
+def single_run(tune: Runner, once: Once) -> Ended:
     """A run of one process on one device."""
-    return tune("--strategy=ddp", "--hardware=cpu:1")
+    return once("single_run", lambda: tune("--strategy=ddp", "--hardware=cpu:1"))
 
 
 @pytest.fixture

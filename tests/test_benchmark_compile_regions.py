@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
-def test_variants_compute_the_same_and_failures_are_kept(load_benchmark: Any, tmp_path: Path) -> None:
+def test_variants_compute_the_same_and_failures_are_kept(
+    load_benchmark: Any, small_model: Path, tmp_path: Path
+) -> None:
     benchmark = load_benchmark("compile_regions")
-    record = json.loads(benchmark.main(["--small", f"--results={tmp_path}"]).read_text())
+    record = json.loads(benchmark.main(["--small", f"--results={tmp_path}", f"--model={small_model}"]).read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()
     assert [row["what"] for row in record["rows"]] == ["eager", "compiled"]
     assert record["figures"]["losses_apart_compiled"] < 1e-5

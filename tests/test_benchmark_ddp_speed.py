@@ -14,8 +14,8 @@ def benchmark(load_benchmark: Any) -> Any:
     return load_benchmark("ddp_speed")
 
 
-def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, tmp_path: Path) -> None:
-    written = benchmark.main(["--small", "--steps=4", f"--results={tmp_path}"])
+def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, small_model: Path, tmp_path: Path) -> None:
+    written = benchmark.main(["--small", "--steps=4", f"--results={tmp_path}", f"--model={small_model}"])
     assert written == tmp_path / "ddp_speed.cpu.json"
     record = json.loads(written.read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()

@@ -14,10 +14,10 @@ def benchmark(load_benchmark: Any) -> Any:
     return load_benchmark("overhead")
 
 
-def test_the_bare_script_and_ours_train_the_same_steps(benchmark: Any, tmp_path: Path) -> None:
+def test_the_bare_script_and_ours_train_the_same_steps(benchmark: Any, small_model: Path, tmp_path: Path) -> None:
     written = benchmark.main([
         "--small", "--steps=4", "--warm_up=1", "--repeat=1", "--batch=2", "--accumulation=2",
-        "--engines=transformers", f"--results={tmp_path}",
+        "--engines=transformers", f"--results={tmp_path}", f"--model={small_model}",
     ])  # fmt: skip
     assert written == tmp_path / "overhead.cpu.json"
     record = json.loads(written.read_text())

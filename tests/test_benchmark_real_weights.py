@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 
-def test_curves_of_real_runs_are_held_against_each_other(load_benchmark: Any, tmp_path: Path) -> None:
+def test_curves_of_real_runs_are_held_against_each_other(
+    load_benchmark: Any, small_model: Path, tmp_path: Path
+) -> None:
     benchmark = load_benchmark("real_weights")
-    written = benchmark.main(["--small", f"--results={tmp_path}"])
+    written = benchmark.main(["--small", f"--results={tmp_path}", str(small_model)])
     assert written == tmp_path / "real_weights.cpu.json"
     record = json.loads(written.read_text())
     assert [row["what"] for row in record["rows"]] == [f"transformers-{kind}" for kind in benchmark.KINDS]

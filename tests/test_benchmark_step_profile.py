@@ -22,7 +22,7 @@ def test_a_step_of_a_real_run_is_counted(load_benchmark: Any, tmp_path: Path) ->
 
 
 def test_a_run_that_fails_does_not_take_the_others_with_it(
-    load_benchmark: Any, monkeypatch: Any, tmp_path: Path
+    load_benchmark: Any, small_model: Path, monkeypatch: Any, tmp_path: Path
 ) -> None:
     benchmark = load_benchmark("step_profile")
 
@@ -30,5 +30,5 @@ def test_a_run_that_fails_does_not_take_the_others_with_it(
         raise RuntimeError("no room")
 
     monkeypatch.setattr(benchmark, "train", fail)
-    record = json.loads(benchmark.main(["--small", f"--results={tmp_path}"]).read_text())
+    record = json.loads(benchmark.main(["--small", f"--results={tmp_path}", f"--model={small_model}"]).read_text())
     assert record["rows"] == [{"what": "transformers-eager", "failed": "no room"}]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
 from parallel_tune.config import make_config
-from parallel_tune.profiling import FIRST_PROFILED, count
+from parallel_tune.profiling import FIRST_PROFILED, ProfileSteps, count
 from strategies.errors import ConfigError
 
 
@@ -48,9 +50,16 @@ def test_a_short_run_is_profiled_at_its_end(tune: Any) -> None:
     run = tune("--strategy=ddp", "--hardware=cpu:1", "--max_steps=3", "--profile_steps=9")
     assert json.loads((run.run / "profile" / "rank-0.json").read_text())["steps"] == 2
     assert FIRST_PROFILED > 3
-    single = tune("--strategy=ddp", "--hardware=cpu:1", "--max_steps=1", "--profile_steps=1")
-    assert not (single.run / "profile").exists()
-    assert "nothing was profiled" in (single.run / "logs" / "rank-0.log").read_text()
+
+
+def test_a_run_of_one_step_is_not_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session: Any = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    profiled: Any = ProfileSteps(tmp_path / "profile", 1, session)
+    profiled.on_train_begin(None, SimpleNamespace(max_steps=1, global_step=0), None)
+    assert "nothing was profiled" in capsys.readouterr().out
+    for event in (profiled.on_step_end, profiled.on_train_end):
+        event(None, SimpleNamespace(max_steps=1, global_step=1), None)
+    assert not (tmp_path / "profile").exists()
 
 
 def test_counts_are_means_over_steps() -> None:

@@ -96,12 +96,19 @@ def test_killing_the_parent_ends_all_and_a_torn_checkpoint_is_passed_over(
 
 
 @pytest.mark.parametrize(
-    ("options", "passes", "whole"), [(DDP, DDP_PASSES, "ddp_run"), (SPLIT, SPLIT_PASSES, "split_run")]
+    ("options", "passes", "whole", "signals"),
+    [
+        (DDP, DDP_PASSES, "ddp_run", [signal.SIGINT]),
+        # A closed terminal: a shell repeats what the kernel has said.
+        (SPLIT, SPLIT_PASSES, "split_run", [signal.SIGHUP, signal.SIGHUP]),
+    ],
+    ids=["ddp, interrupted", "split, its terminal closed"],
 )
-def test_an_interrupt_stops_in_order_and_the_run_goes_on(
+def test_a_signal_stops_in_order_and_the_run_goes_on(
     options: tuple[str, ...],
     passes: int,
     whole: str,
+    signals: list[signal.Signals],
     tune: Any,
     noting: dict[str, str],
     alive: Alive,
@@ -110,8 +117,9 @@ def test_an_interrupt_stops_in_order_and_the_run_goes_on(
 ) -> None:
     command = tune.start(*options, env=noting | {"FAULT": f"hold:0:{10 * passes + 1}"})
     command.wait_for(tmp_path / "held")
-    command.send(signal.SIGINT)
-    command.wait_for_word("stopping after this step")
+    for number in signals:
+        command.send(number)
+        command.wait_for_word("stopping after this step")
     (tmp_path / "go").touch()
     stopped = command.wait()
     assert stopped.code == 75, stopped.err
@@ -124,19 +132,6 @@ def test_an_interrupt_stops_in_order_and_the_run_goes_on(
     losses = resumed_losses(resumed)
     uninterrupted = request.getfixturevalue(whole)
     assert list(losses.values()) == pytest.approx(uninterrupted.losses, rel=1e-6)
-
-
-def test_a_closed_terminal_stops_in_order(tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path) -> None:
-    command = tune.start(*SPLIT, env=noting | {"FAULT": f"hold:0:{10 * SPLIT_PASSES + 1}"})
-    command.wait_for(tmp_path / "held")
-    command.send(signal.SIGHUP)
-    command.wait_for_word("stopping after this step")
-    command.send(signal.SIGHUP)  # a shell repeats what the kernel has said
-    (tmp_path / "go").touch()
-    stopped = command.wait()
-    assert stopped.code == 75, stopped.err
-    assert "checkpoint-11" in checkpoints(stopped.run)
-    assert not alive(stopped.run)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, split_run: Any, tmp_path: Path) -> None:

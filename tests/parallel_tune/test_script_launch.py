@@ -139,34 +139,58 @@ def test_a_map_that_reading_cannot_see_is_refused_as_it_is_loaded(tmp_path: Path
     assert "went on" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        "from peft import AutoPeftModelForCausalLM\nAutoPeftModelForCausalLM.from_pretrained(sys.argv[2], **HOW)",
-        "from transformers import pipeline\npipeline('text-generation', model=sys.argv[1], **HOW)",
-        "import accelerate\naccelerate.load_checkpoint_and_dispatch(model(), sys.argv[1], **HOW)",
-        "import accelerate\naccelerate.dispatch_model(model(), {'model': 0, 'lm_head': 1})",
-        "from unsloth import FastLanguageModel as F\nF.from_pretrained(sys.argv[1], **HOW)",
-        "from transformers import AutoModelForCausalLM as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
-    ],
-)
-def test_the_guard_stands_at_every_door(tmp_path: Path, model: Path, load: str) -> None:
+DOORS = {
+    "peft": "import peft\npeft.AutoPeftModelForCausalLM.from_pretrained(sys.argv[2], **HOW)",
+    "a pipeline": "import transformers\ntransformers.pipeline('text-generation', model=sys.argv[1], **HOW)",
+    "a checkpoint": "import accelerate\naccelerate.load_checkpoint_and_dispatch(model(), sys.argv[1], **HOW)",
+    "dispatch": "import accelerate\naccelerate.dispatch_model(model(), {'model': 0, 'lm_head': 1})",
+    "another name": "from transformers import AutoModel as A\nload = A.from_pretrained\nload(sys.argv[1], **HOW)",
+    # Last, since its import changes the others.
+    "unsloth": "from unsloth import FastLanguageModel as F\nF.from_pretrained(sys.argv[1], **HOW)",
+}
+KNOCKING = """
+import json, sys, traceback
+HOW = {'device_' + 'map': 'auto'}
+def model():
+    import transformers
+    return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+found = {}
+for name, call in json.load(open('doors.json')).items():
+    try:
+        try:
+            exec(compile(call, 'train.py', 'exec'))
+        except Exception:
+            traceback.print_exc()
+        found[name] = [0, 'went on']
+    except BaseException as end:
+        found[name] = [end.code, end.message]
+json.dump(found, open('found.json', 'w'))
+"""
+
+
+@pytest.fixture(scope="module")
+def at_the_doors(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, tuple[int, str]]:
+    """What a script under ddp meets at each door: the code that would have ended it, and what is said."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    folder = tmp_path_factory.mktemp("doors")
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear"))
-    adapted.save_pretrained(tmp_path / "adapter")
-    imports, _, call = load.partition("\n")
-    (tmp_path / "train.py").write_text(
-        f"{imports}\nimport sys\nHOW = {{'device_' + 'map': 'auto'}}\n"
-        "def model():\n    import transformers\n"
-        "    return transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        f"try:\n    {call.replace(chr(10), chr(10) + '    ')}\nexcept Exception:\n    raise\nprint('went on')\n"
-    )
-    done = launch(tmp_path, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", model, tmp_path / "adapter")
-    assert done.returncode == 4, done.stdout + done.stderr
-    assert re.search(r"train.py:\d+: device_map=.* splits", done.stderr)
-    assert "went on" not in done.stdout
+    adapted.save_pretrained(folder / "adapter")
+    (folder / "doors.json").write_text(json.dumps(DOORS))
+    (folder / "train.py").write_text(KNOCKING)
+    done = launch(folder, "--strategy", "ddp", "--hardware", "cpu:1", "train.py", model, folder / "adapter")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, tuple[int, str]] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_guard_stands_at_every_door(door: str, at_the_doors: dict[str, tuple[int, str]]) -> None:
+    """Past a script's own handlers; how it ends a script, the test above sees."""
+    code, said = at_the_doors[door]
+    assert code == 4, said
+    assert re.search(r"train.py:\d+: device_map=.* splits", said)
 
 
 def test_a_map_that_reading_sees_is_refused_before_anything_starts(tmp_path: Path) -> None:

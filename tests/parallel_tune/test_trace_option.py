@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from parallel_tune.cli import program
 from parallel_tune.memory import TrainingSettings
 from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.trace_worker import Worker
 from parallel_tune.memory.traced import TraceProcess
 from parallel_tune.plan_view import render_plan
 from strategies.contracts import Arrangement, Part, Plan
@@ -101,10 +102,20 @@ def test_a_known_architecture_is_checked_and_keeps_its_closed_form(tmp_path: Pat
         ({"model_type": "some_vl", "text_config": SHAPE}, "text model inside another one"),
     ],
 )
+@pytest.mark.filterwarnings("ignore")  # as the process does
 def test_what_cannot_be_traced_is_said(config: dict[str, Any], message: str) -> None:
-    whole = {**SHAPE, **config}
-    with pytest.raises(ConfigError, match=message), TraceProcess(facts_from_config(whole), whole):
+    with pytest.raises(ConfigError, match=message):
+        Worker({**SHAPE, **config}, known=False)
+
+
+def test_what_the_process_cannot_trace_reaches_the_command() -> None:
+    whole = {**SHAPE, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2}
+    with (
+        pytest.raises(ConfigError, match=r"cannot trace: .* layers of the kind conv") as caught,
+        TraceProcess(facts_from_config(whole), whole),
+    ):
         pass
+    assert "full and sliding attention" in caught.value.hint
 
 
 def test_adapters_that_find_no_linear_are_said_with_a_way_out() -> None:
