@@ -31,6 +31,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._run = run
         self._batches = batches
         self._session = session
+        self._unwritten: list[dict[str, Any]] = []
         self._last_step = 0
         self._last_time = 0.0
         self._host_seconds = 0.0
@@ -119,14 +120,24 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         return list(range(torch.cuda.device_count()))
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._session.is_main:
+        if not self._session.is_main:
+            return
+        self._unwritten.append(row)
+        try:
             with self._run.metrics.open("a+b") as file:
-                # A row that was torn when an earlier process died must not spoil this one.
+                # A row that was torn, by a full disk or when an earlier process died, must not spoil this one.
                 if file.tell() > 0:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":
                         file.write(b"\n")
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in self._unwritten))
+        except FileNotFoundError:
+            raise  # the run directory is gone: there is nowhere to write checkpoints and the result either
+        except OSError as error:
+            # The training is worth more than its figures, which come later if somebody makes room.
+            print(f"{self._run.metrics} takes no rows: {error}; training goes on")
+        else:
+            self._unwritten.clear()
 
 
 class FirstStep(TrainerCallback):  # type: ignore[misc]

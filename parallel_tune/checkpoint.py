@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,13 +50,30 @@ def whole_or_none(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        free = shutil.disk_usage(folder.parent).free
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f"{size(shutil.disk_usage(folder.parent).free)} were free on its disk. "
         shutil.rmtree(folder, ignore_errors=True)
         raise RunFailed(
             f"{folder} could not be written: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            f"{size(free)} were free on its disk. Make room, or choose another place; "
+            f"{free}Make room, or choose another place; "
             f"`parallel-tune resume {folder.parent}` goes on from the last complete checkpoint, if there is one.",
         ) from error
+
+
+def written(folder: Path, write: Callable[[], None]) -> RunFailed | None:
+    """Write a folder whole; returns why it could not be."""
+    try:
+        with whole_or_none(folder):
+            write()
+    except RunFailed as error:
+        return error
+    return None
+
+
+def weight_bytes(parameters: Iterable[Any]) -> int:
+    """Of the parameters that are trained."""
+    return sum(weight.nbytes for weight in parameters if weight.requires_grad)
 
 
 def require_room(run: Path, num_bytes: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -274,7 +275,46 @@ def completion(shell: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the program and end the process with its exit code."""
+    """Run the program and end the process with its exit code; with 1 where it went well and could not be printed."""
+    code: Any = None
+    try:
+        run(arguments)
+    except SystemExit as end:
+        code = end.code
+    except OSError:
+        unwritten = _print_left("\n")
+        if unwritten is None:
+            raise  # another file's
+        _say_unwritten(unwritten)
+    unwritten = _print_left()
+    if unwritten is not None and not code:
+        _say_unwritten(unwritten)
+    if code is not None:
+        sys.exit(code)
+
+
+def _print_left(more: str = "") -> OSError | None:
+    """Print what is still in the buffer, and more; returns why that cannot be."""
+    if sys.stdout is None:  # closed by the caller
+        return None
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        # It would fail once more at the interpreter's end, which would take the exit code for its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def _say_unwritten(error: OSError) -> NoReturn:
+    if not isinstance(error, BrokenPipeError):  # a reader that left knows
+        click.echo(f"parallel-tune: cannot write to standard output: {error.strerror}", err=True)
+    sys.exit(1)
+
+
+def run(arguments: list[str] | None) -> None:
+    """Run the program; what went wrong is said on stderr and becomes the exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
         program.main(args=arguments, prog_name="parallel-tune", standalone_mode=False)

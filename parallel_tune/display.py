@@ -13,6 +13,7 @@ from rich.console import Console
 
 from parallel_tune.data_part import DataPart
 from parallel_tune.gauges import Gauge, Reading, open_gauge
+from parallel_tune.launch import full_disk
 from parallel_tune.live import LivePanel
 from parallel_tune.progress import MetricsFollower, duration, steps_of
 from parallel_tune.rundir import RunDir
@@ -55,11 +56,14 @@ class PlainLines:
 
 class Display:
     """Follows a run's metrics and shows them, after what its data adds to the plan. An error of the display ends the
-    display, never the run."""
+    display, never the run. Once the run's disk is full, it says so."""
 
-    def __init__(self, follower: MetricsFollower, view: View, data: Path | None = None) -> None:
+    def __init__(
+        self, follower: MetricsFollower, view: View, data: Path | None = None, disk: Path | None = None
+    ) -> None:
         self._follower = follower
         self._data = data
+        self._disk = disk
         self._view: View | None = view
         self._guard(view.start)
 
@@ -69,6 +73,9 @@ class Display:
         if view is not None and self._data is not None and self._data.exists():
             data, self._data = self._data, None
             self._guard(lambda: view.tell(DataPart.load(data).lines()))
+        if view is not None and self._disk is not None and (full := full_disk(self._disk)):
+            self._disk = None
+            self._guard(lambda: view.tell([f"{full}; training goes on, without checkpoints until there is room"]))
         if self._view is not None and view is not None:
             self._guard(lambda: view.show(self._follower.poll()))
 
@@ -103,7 +110,7 @@ def open_display(plan: Plan, run: RunDir) -> Iterator[Display]:
     view: View = PlainLines(plan.global_batch)
     if console.is_terminal and not console.is_dumb_terminal:
         view = LivePanel(plan, console, gauge)
-    display = Display(follower, view, run.data)
+    display = Display(follower, view, run.data, run.path)
     try:
         yield display
     finally:
@@ -156,6 +163,9 @@ def summary(report: dict[str, Any], run: Path) -> str:
         lines.append(f"stopped early after step {report['stopped_early_at_step']}: the held-out loss fell no more")
     if "best_step" in report:
         lines.append(f"the result has the weights of step {report['best_step']}, the best evaluation")
+    if "missed_checkpoints" in report:
+        steps = ", ".join(map(str, report["missed_checkpoints"]))
+        lines.append(f"checkpoints that could not be written: of step {steps}; the log of rank 0 says why")
     measured = [device for device in report["devices"] if "allocated_peak_bytes" in device]
     if measured:
         lines.append(

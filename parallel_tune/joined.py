@@ -17,7 +17,7 @@ from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.display import summary
 from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import render_plan
-from parallel_tune.process import leave
+from parallel_tune.process import leave, print_or_drop
 from parallel_tune.refusal import Launch
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
@@ -27,6 +27,7 @@ from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, Ru
 
 def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     """Join the launcher's processes, train, and end this one with the run's code."""
+    print_or_drop()
     os.environ.update(launch.environment)
     os.environ.update(allocator_variables(os.environ))
     # The plan numbers GPUs so; CUDA by itself would put the fastest first, where they differ.

@@ -19,9 +19,9 @@ from typing import Any
 import click
 
 from parallel_tune.allocator import allocator_variables
-from parallel_tune.outcome import process_id_file
+from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
 from parallel_tune.process import WATCHER, die_with_parent
-from parallel_tune.rundir import Outcome, RunDir, read_outcome
+from parallel_tune.rundir import Outcome, RunDir
 from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
@@ -133,6 +133,7 @@ class Watcher:
         self._signal = signal.SIGTERM
         self._forwarded = False
         self._log_begins: dict[int, int] = {}
+        self._last_words: Path | None = None
 
     @property
     def signalled(self) -> bool:
@@ -154,7 +155,8 @@ class Watcher:
                 raise ConfigError(
                     f"another command is training in {self._run.path}", "Wait for its end, or stop it first."
                 ) from error
-            self._run_alone()
+            with folder_for_last_words() as self._last_words:
+                self._run_alone()
 
     def _run_alone(self) -> None:
         for rank in range(self._processes):
@@ -164,7 +166,7 @@ class Watcher:
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
             process = subprocess.Popen(
                 self._spec.argv,
-                env={**self._spec.env, WATCHER: str(os.getpid())},
+                env={**self._spec.env, WATCHER: str(os.getpid()), LAST_WORDS: str(self._last_words or "")},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -217,10 +219,19 @@ class Watcher:
         # Without their launcher ranks are gone or about to be; one that was killed took all along, not only the first.
         if vanished and process.returncode >= 0:
             return vanished
-        return [rank for rank in self._pids() if read_outcome(self._run, rank) is None]
+        return [rank for rank in self._pids() if self._said(rank) is None]
+
+    def _outcome_files(self, rank: int) -> list[Path]:
+        own = self._run.outcome(rank)
+        return [own, *([self._last_words / own.name] if self._last_words else [])]
+
+    def _said(self, rank: int) -> Outcome | None:
+        """How a rank said that it ended, wherever it could."""
+        said = [load(path) for path in self._outcome_files(rank)]
+        return next((outcome for outcome in said if outcome is not None), None)
 
     def _outcomes(self) -> dict[int, Outcome]:
-        said = {rank: read_outcome(self._run, rank) for rank in range(self._processes)}
+        said = {rank: self._said(rank) for rank in range(self._processes)}
         return {rank: outcome for rank, outcome in said.items() if outcome is not None}
 
     def _pids(self) -> dict[int, int]:
@@ -239,7 +250,7 @@ class Watcher:
     def _vanished(self) -> list[int]:
         """Ranks that began and are gone without a word."""
         gone = [rank for rank, pid in self._pids().items() if not _alive(pid)]
-        return [rank for rank in gone if read_outcome(self._run, rank) is None]
+        return [rank for rank in gone if self._said(rank) is None]
 
     def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> bool:
         """Signal the workers. Those that have not begun are ended: there is nothing to save."""
@@ -273,6 +284,8 @@ class Watcher:
             return
         if main is not None and main.code == Stopped.exit_code:
             raise Stopped(main.message, main.hint)
+        if main is not None and main.is_final:
+            raise failure(0, main, self._run)
         if self._signals:
             raise RunFailed(
                 "ended by a signal before a checkpoint was written",
@@ -303,8 +316,11 @@ class Watcher:
     def _raise_first_failure(self, outcomes: Mapping[int, Outcome]) -> None:
         failed = [rank for rank, outcome in outcomes.items() if outcome.code != 0]
         if failed:
-            rank = min(failed, key=lambda rank: self._run.outcome(rank).stat().st_mtime)
+            rank = min(failed, key=self._said_at)
             raise failure(rank, outcomes[rank], self._run)
+
+    def _said_at(self, rank: int) -> float:
+        return min(path.stat().st_mtime for path in self._outcome_files(rank) if path.exists())
 
 
 def full_disk(path: Path) -> str:

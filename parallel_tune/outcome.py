@@ -9,8 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+LAST_WORDS = "PARALLEL_TUNE_LAST_WORDS"
+"""Environment variable: a folder on another disk, for what a process says where its own takes no more."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class Outcome:
         message: one line; empty if all went well.
         hint: what to do about it.
         trace: the traceback, for `--debug`.
+        is_final: it is what there is to say of the run, also where a signal had asked for its end.
     """
 
     code: int
     message: str = ""
     hint: str = ""
     trace: str = ""
+    is_final: bool = False
 
 
 def log_file(logs: Path, rank: int) -> Path:
@@ -58,8 +65,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save(path: Path, outcome: Outcome) -> None:
-    """Say how this process ended."""
-    write_atomically(path, json.dumps(asdict(outcome)))
+    """Say how this process ended; where a disk does not take it, in the folder for last words."""
+    text = json.dumps(asdict(outcome))
+    try:
+        write_atomically(path, text)
+    except OSError:
+        folder = os.environ.get(LAST_WORDS)
+        if not folder:
+            raise
+        write_atomically(Path(folder) / path.name, text)
+
+
+@contextlib.contextmanager
+def folder_for_last_words() -> Iterator[Path | None]:
+    """A folder for LAST_WORDS while the block runs, in memory where that can be; None if none can be made."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with contextlib.ExitStack() as stack:
+        folder = None
+        with contextlib.suppress(OSError):
+            made = tempfile.TemporaryDirectory(prefix="parallel-tune-", dir=memory, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+        yield folder
 
 
 def load(path: Path) -> Outcome | None:

@@ -7,12 +7,13 @@ import contextlib
 import ctypes
 import functools
 import gc
+import io
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 WATCHER = "PARALLEL_TUNE_WATCHER"
 """Environment variable: process id of the command that watches over a worker."""
@@ -77,10 +78,33 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _GoingOn(io.FileIO):
+    """An output that drops what it cannot take: a full disk under a log must not end the work that it tells of."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def print_or_drop() -> None:
+    """From now on no print of this process fails."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        raw = _GoingOn(number, "w", closefd=False)
+        # Unbuffered: what another writer, a library in C say, adds comes in its order.
+        own = io.TextIOWrapper(
+            raw,
+            encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=True,
+        )  # fmt: skip
+        setattr(sys, name, own)
+
+
 def redirect_output(log: Path) -> None:
-    """Send all that this process and its libraries print to its log file."""
+    """Send all that this process and its libraries print to its log file, as long as its disk takes it."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    print_or_drop()

@@ -135,6 +135,12 @@ class ProfileSteps(TrainerCallback):  # type: ignore[misc]
         profiler.stop()
         if self._steps < 1:
             return
+        try:
+            self._write(profiler)
+        except OSError as error:
+            print(f"the profile could not be written: {error}; training goes on")
+
+    def _write(self, profiler: profile) -> None:
         rank = self._session.rank
         self._folder.mkdir(exist_ok=True)
         events = profiler.events() or ()  # type: ignore[no-untyped-call]

@@ -55,7 +55,7 @@ def write(
     session: Session,
     metrics: MetricsWriter,
     steps: int,
-    results: dict[str, float],
+    results: dict[str, Any],
     data: Any,
     rows: TrainedRows,
     total_seconds: float,

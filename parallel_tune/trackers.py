@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from strategies.errors import ConfigError
 
@@ -70,6 +71,29 @@ def chosen(names: Sequence[str]) -> list[str]:
     if list(names) == [ALL]:
         return [name for name in PACKAGES if _installed(name)]
     return [name for name in names if name != NONE]
+
+
+def keep_from_ending_the_run(callbacks: Sequence[Any]) -> None:
+    """Let a tracker whose disk is full, or whose server is gone, end itself once training has begun, not the run."""
+    for callback in callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            for event in [name for name in dir(callback) if name.startswith("on_")]:
+                if event not in ("on_init_end", "on_train_begin"):
+                    setattr(callback, event, _guarded(callback, getattr(callback, event)))
+
+
+def _guarded(callback: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        if getattr(callback, "has_failed", False):
+            return None
+        try:
+            return call(*arguments, **named)
+        except OSError as error:
+            callback.has_failed = True
+            print(f"{type(callback).__name__} reports no more: {type(error).__name__}: {error}; training goes on")
+            return None
+
+    return guarded
 
 
 def _installed(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,18 +11,19 @@ from typing import Any
 import torch
 from accelerate import AutocastKwargs
 from accelerate.utils import DistributedDataParallelKwargs
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from parallel_tune.checkpoint import mark_complete, rotate, whole_or_none
+from parallel_tune.checkpoint_writer import CheckpointWriter
 from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
-from parallel_tune.trackers import chosen
+from parallel_tune.trackers import chosen, keep_from_ending_the_run
 from strategies.base import Schedule, Session
 from strategies.contracts import Plan
 from strategies.errors import RunFailed
@@ -62,7 +62,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         batches: GlobalBatches,
         session: Session,
         plan: Plan,
-        keep: int | None,
+        checkpoints: CheckpointWriter,
         pad: Callable[[list[Any]], dict[str, Any]],
         tokens_at_once: int,
         **kwargs: Any,
@@ -71,9 +71,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self.batches = batches
         self.session = session
         self.plan = plan
-        self._keep = keep
         self._pad = pad
         self._tokens_at_once = tokens_at_once
+        self.checkpoints = checkpoints
+        self._save_error: Exception | None = None
         self._evaluated: tuple[int, float] | None = None
         self._has_best = False
         self._waiting: list[Any] = []
@@ -255,23 +256,34 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             "Lower --learning_rate, or use --dtype bfloat16 or float32; a checkpoint before it can be resumed.",
         )
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self.checkpoints.remember_best(self.state)
+        return bool(super()._determine_best_metric(metrics, trial))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         self.require_finite_weights()
-        if self.session.is_main:
-            # A torn one of this step may lie there; its mark must not vouch for a new one half written.
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        self.session.barrier()
-        with whole_or_none(checkpoint):
+        best_stays = self.args.load_best_model_at_end
+        self.checkpoints.save(
+            self.state, Path(self.args.output_dir), partial(self._write_parts, model, trial), self._trained, best_stays
+        )
+
+    def _write_parts(self, model: Any, trial: Any, folder: Path) -> None:
+        """What this rank writes of a checkpoint, into a folder of checkpoints."""
+        run, self.args.output_dir, self._save_error = self.args.output_dir, str(folder), None
+        try:
             # Past TRL's, which would write a model card of its own.
             Trainer._save_checkpoint(self, model, trial)
-        self.session.barrier()
-        if self.session.is_main:
-            with whole_or_none(checkpoint):
-                mark_complete(checkpoint)
-            best = self.state.best_model_checkpoint
-            rotate(checkpoint.parent, self._keep, Path(best) if best and self.args.load_best_model_at_end else None)
-        self.session.barrier()
+        finally:
+            self.args.output_dir = run
+        if self._save_error is not None:
+            raise self._save_error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights; an error waits until the other ranks, which meet this one in a barrier, have met it."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._save_error = error
 
 
 def read_adapters_onto(model: Any, device: torch.device) -> None:
@@ -298,6 +310,7 @@ def build_trainer(
     callbacks: list[TrainerCallback],
     gather: Callable[[list[Any]], dict[str, Any]] | None,
     tokens_at_once: int,
+    checkpoints: CheckpointWriter,
 ) -> GlobalBatchTrainer:
     """The trainer of this rank, ready for `train()`.
 
@@ -355,11 +368,11 @@ def build_trainer(
         **session.training_arguments(),
         **engine_arguments,
     )
-    return GlobalBatchTrainer(
+    trainer = GlobalBatchTrainer(
         batches=batches,
         session=session,
         plan=plan,
-        keep=config.save_total_limit,
+        checkpoints=checkpoints,
         model=model,
         args=arguments,
         train_dataset=train_rows.to_dataset(),
@@ -370,3 +383,5 @@ def build_trainer(
         tokens_at_once=tokens_at_once,
         callbacks=callbacks,
     )
+    keep_from_ending_the_run(trainer.callback_handler.callbacks)
+    return trainer

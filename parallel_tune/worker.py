@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.launch import pid_file
 from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output
+from parallel_tune.rescue import NotWritten, agreed, write_somewhere
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from parallel_tune.startup import Startup
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
+
+if TYPE_CHECKING:
+    from strategies.base import Session
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -70,7 +76,8 @@ def run_to_its_end(
         outcome = Outcome(0)
     except ParallelTuneError as error:
         held.append(error)
-        outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc())
+        is_final = isinstance(error, NotWritten)
+        outcome = Outcome(error.exit_code, error.message, error.hint, traceback.format_exc(), is_final)
     except BaseException as error:
         held.append(error)
         traceback.print_exc()
@@ -132,7 +139,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
 
         from parallel_tune import report
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
-        from parallel_tune.checkpoint import require_room
+        from parallel_tune.checkpoint import require_room, weight_bytes
+        from parallel_tune.checkpoint_writer import CheckpointWriter
         from parallel_tune.data.prepare import prepare_data
         from parallel_tune.data_part import describe_data
         from parallel_tune.fused_head import use_chunked_loss
@@ -160,7 +168,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     )
     check_reached(config, batches.steps_per_epoch)
     model = engine.add_adapters(model, config, plan)
-    require_room(run.path, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad))
+    require_room(run.path, weight_bytes(model.parameters()))
     session.place(model)
     startup.mark("load")
     fused = config.cross_entropy == "fused" and plan.engine == "transformers"
@@ -191,55 +199,113 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         from parallel_tune.profiling import ProfileSteps
 
         profiled.append(ProfileSteps(run.profile, config.profile_steps, session))
+    checkpoints = CheckpointWriter(session, config.save_total_limit, lambda: stop.stopped)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
         engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges()],
-        gathering.gather, first_epoch.tokens_at_once(plan.micro_batch),
+        gathering.gather, first_epoch.tokens_at_once(plan.micro_batch), checkpoints,
     )  # fmt: skip
     startup.mark("prepare")
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if held_out_rows is not None:
         results["held_out_loss_before"] = trainer.evaluate()["eval_loss"]
         startup.mark("evaluate")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
-        raise Stopped(
-            f"stopped by a signal after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            f"checkpoint-{trainer.state.global_step} is on disk",
-            f"Go on with `parallel-tune resume {run.path}`.",
-        )
+        raise stopped(run, trainer.state.global_step, trainer.state.max_steps, checkpoints.elsewhere)
     if held_out_rows is not None:
         results["held_out_loss_after"] = trainer.evaluate()["eval_loss"]
     if early and early[0].stopped_at_step is not None:
         results["stopped_early_at_step"] = early[0].stopped_at_step
     if config.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
         results["best_step"] = trainer.state.best_global_step
+    if checkpoints.missed:
+        results["missed_checkpoints"] = checkpoints.missed
     trainer.require_finite_weights()
-    if session.is_main:
-        save_result(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.result(config))
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    error = keep_result(trained, tokenizer, run.result(config), session)
+    if error is not None:
+        # One rank says it, when all have done their part.
+        if session.is_main:
+            raise error
+        return trainer, session
     steps = trainer.state.global_step
     rows = trained_rows(batches, plan, steps, gathering.padded_reason, gathering.sizes)
-    report.write(
-        run, config, plan, session, metrics, steps, results, data_report, rows, time.monotonic() - started,
-        startup.report(), use,
-    )  # fmt: skip
+    try:
+        report.write(
+            run, config, plan, session, metrics, steps, results, data_report, rows, time.monotonic() - started,
+            startup.report(), use,
+        )  # fmt: skip
+    except OSError as failed:
+        raise NotWritten(
+            f"{run.result(config)} is complete, but the run's report could not be written: {failed}",
+            "The run can be exported as any other.",
+        ) from failed
     session.barrier()
     session.close()
     return trainer, session
+
+
+def stopped(run: RunDir, step: int, steps: int, elsewhere: tuple[Path, RunFailed] | None) -> ParallelTuneError:
+    """What a run says that a signal ended after a step, its checkpoint written."""
+    after = f"stopped by a signal after step {step} of {steps}"
+    if elsewhere is None:
+        return Stopped(
+            f"{after}; checkpoint-{step} is on disk",
+            f"Go on with `parallel-tune resume {run.path}`.",
+        )
+    checkpoint, error = elsewhere
+    return NotWritten(
+        f"{after}; {error.message}, so {checkpoint.name} lies in {checkpoint.parent}",
+        f"Make room, then `mv {shlex.quote(str(checkpoint))} {shlex.quote(str(run.path))}` and "
+        f"`parallel-tune resume {shlex.quote(str(run.path))}`.",
+    )
+
+
+def keep_result(model: Any, tokenizer: Any, result: Path, session: Session) -> NotWritten | None:
+    """Write the trained weights, elsewhere if the run's disk does not take them. Every rank calls it.
+
+    Returns:
+        What to say where they lie elsewhere.
+
+    Raises:
+        NotWritten: they could not be written anywhere.
+    """
+    from parallel_tune.checkpoint import weight_bytes
+
+    def write(folder: Path) -> RunFailed | None:
+        error: RunFailed | None = None
+        if session.is_main:
+            try:
+                save_result(model, tokenizer, folder / result.name)
+            except RunFailed as failed:
+                error = failed
+        return agreed(error, session)
+
+    folder, error = write_somewhere(write, result.parent, weight_bytes(model.parameters()), session)
+    if error is None:
+        return None
+    kept = folder / result.name
+    return NotWritten(
+        f"training is done, but {error.message}; the result lies in {kept}",
+        f"Make room, then `mv {shlex.quote(str(kept))} {shlex.quote(str(result.parent))}`: "
+        "the run can be exported then as any other; only its report is missing.",
+    )
 
 
 def save_result(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the trained weights; the folder appears only when complete."""
     from parallel_tune.checkpoint import flush_to_disk, whole_or_none
 
+    if folder.exists():
+        raise RunFailed(f"{folder} exists already", "Move it away.")
     part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of an earlier process
     with whole_or_none(part):
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         flush_to_disk(part)
-    if folder.exists():
-        raise RunFailed(f"{folder} exists already", "Move it away and resume the run.")
-    part.rename(folder)
+        part.rename(folder)
 
 
 if __name__ == "__main__":

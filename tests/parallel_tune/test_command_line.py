@@ -48,6 +48,31 @@ def test_answers_come_without_torch(arguments: list[str], environment: dict[str,
     assert ended.stdout
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--model=unsloth/Qwen3-32B", "--hardware=2xH100-80GB"], ["--help"], ["--version"]]
+)
+def test_output_that_cannot_be_written_is_one_line_of_error(
+    arguments: list[str], buffered: str, environment: dict[str, str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "parallel_tune", *arguments], env={**environment, "PYTHONUNBUFFERED": buffered},
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr == "parallel-tune: cannot write to standard output: No space left on device\n"
+
+
+def test_an_error_keeps_its_code_where_nothing_can_be_printed(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "parallel_tune", "plan", "--hardware=no-such-card"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+        )  # fmt: skip
+    assert ended.returncode == 2
+
+
 def invoke(*arguments: str) -> str:
     result = CliRunner().invoke(program, list(arguments), prog_name="parallel-tune")
     assert result.exit_code == 0, result.output

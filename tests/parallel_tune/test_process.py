@@ -7,6 +7,7 @@ import importlib.metadata as metadata
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,32 @@ def test_a_process_that_imported_so_ends_without_a_word() -> None:
     program = "from parallel_tune.process import importing\nwith importing():\n    import triton._C.libtriton"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == done.stderr == ""
+
+
+def test_a_log_that_takes_no_more_does_not_end_the_process() -> None:
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from parallel_tune.process import redirect_output\n"
+        "redirect_output(Path(sys.argv[1]))\n"
+        "print('x' * 100_000, flush=True)\n"
+        "print('on stderr', file=sys.stderr, flush=True)\n"
+        "os._exit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, "/dev/full"], timeout=60, check=False).returncode == 7
+
+
+def test_a_log_holds_what_is_printed(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from parallel_tune.process import redirect_output\n"
+        "redirect_output(Path(sys.argv[1]))\n"
+        "print('eins \u00e4')\n"
+        "os.write(1, b'zwei\\n')\n"
+        "print('drei', file=sys.stderr)\n"
+        "os._exit(0)\n"
+    )
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, "-X", "utf8", "-c", script, str(log)], timeout=60, check=True)
+    assert log.read_text(encoding="utf-8") == "eins \u00e4\nzwei\ndrei\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from parallel_tune import trackers
@@ -46,3 +48,32 @@ def test_names_are_those_of_transformers() -> None:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert set(trackers.PACKAGES) == set(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_that_fails_in_the_middle_of_a_run_does_not_end_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.integrations import NeptuneCallback
+
+    class FullDisk(NeptuneCallback):  # type: ignore[misc]
+        __module__ = NeptuneCallback.__module__
+
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+        def __del__(self) -> None:
+            pass
+
+    tracker = FullDisk()
+    trackers.keep_from_ending_the_run([tracker])
+    tracker.on_log()
+    tracker.on_log()
+    assert tracker.calls == 1
+    assert "FullDisk reports no more: OSError: [Errno 28] No space left on device" in capsys.readouterr().out
+    with pytest.raises(OSError, match="No space"):
+        tracker.on_train_begin()  # nothing is lost yet: better to hear of it
