@@ -66,7 +66,7 @@ class CheckpointWriter:
             if state.best_global_step == state.global_step:
                 # Its weights are nowhere: the best evaluation is one that has a checkpoint.
                 state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best_before
-        elif self._session.is_main:
+        if error is None and self._session.is_main:
             best = state.best_model_checkpoint
             rotate(run, self._keep, Path(best) if best and best_stays else None)
         self._session.barrier()
