@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +113,8 @@ def test_a_launchers_process_reads_the_cards_before_it_joins(monkeypatch: pytest
     monkeypatch.setattr(dist, "broadcast_object_list", lambda decision, **_: decision[0].update(run=str(tmp_path)))
     monkeypatch.setattr(joined, "_obey", obey)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name in ("stdout", "stderr"):  # a rank replaces them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     launch: Any = SimpleNamespace(environment={}, local_rank=1, rank=1, world_size=2)
     with pytest.raises(Obeyed):
         joined.train_as_rank(make_config({}), launch)
