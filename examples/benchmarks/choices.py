@@ -44,7 +44,7 @@ from prediction import Models
 from prediction_data import write_data
 from prediction_jobs import Task, room_bytes, run_side_by_side
 from prediction_process import Ended, environment, outcome, start
-from running import Record, add_common, hardware_name, say, work_folder
+from running import QUIET, Record, add_common, hardware_name, say, work_folder
 
 from parallel_tune.hardware import probe_details
 
@@ -53,7 +53,6 @@ CASE_SECONDS = 60.0
 """How long a case is taken to last before the first one has shown it."""
 
 TAIL_CHARACTERS = 1500
-QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OUT_OF_MEMORY = re.compile(r"[^\n]*out of memory[^\n]{0,400}", re.IGNORECASE)
 
 

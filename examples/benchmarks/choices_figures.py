@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
+
+from prediction_figures import mean_and_worst
 
 Measured = dict[str, Any]
 KINDS = {
@@ -77,14 +78,9 @@ def _planned_slower(chosen: Measured, other: Measured) -> bool:
 
 
 def _errors(rows: list[Measured]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for kind in KINDS:
-        name = f"{kind}_error"
-        sizes = [abs(device[name]) for row in rows for device in row["devices"] if name in device]
-        if sizes:
-            found[f"{kind}_mean_error"] = round(statistics.mean(sizes), 6)
-            found[f"{kind}_worst_error"] = round(max(sizes), 6)
-    return found
+    devices = [device for row in rows for device in row["devices"]]
+    names = {kind: f"{kind}_error" for kind in KINDS}
+    return mean_and_worst({kind: [each[name] for each in devices if name in each] for kind, name in names.items()})
 
 
 def line(row: Measured) -> str:

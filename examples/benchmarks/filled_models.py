@@ -41,10 +41,12 @@ def make_filled(shape: str, folder: Path) -> Path:
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     tensors = filled(model)
     if shape.endswith(QUANTISED):
-        from filled_nf4 import nf4_config, quantised
+        from filled_nf4 import quantised
+
+        from parallel_tune.engines.transformers import nf4
 
         tensors = quantised(model, tensors)
-        config.quantization_config = nf4_config()
+        config.quantization_config = nf4(torch.bfloat16).to_dict()
     held = list(tensors)
     wait_for_room(folder, sum(tensor.nbytes for _, tensor in held))
     write_weights(folder, held)

@@ -6,19 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-def nf4_config() -> dict[str, Any]:
-    """What such a model's config.json says of its weights: nf4, scales quantised too, products in bf16."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ).to_dict()
-
-
 def quantised(model: Any, tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """The tensors, with packed weights and their scales in place of each linear layer's but the head's.
 

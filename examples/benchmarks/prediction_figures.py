@@ -75,10 +75,14 @@ def _errors(rows: list[Measured]) -> dict[str, Any]:
 
 
 def _errors_of(rows: list[Measured], prefix: str) -> dict[str, float]:
+    return mean_and_worst({kind: [row[f"{prefix}{kind}_error"] for row in rows] for kind in KINDS})
+
+
+def mean_and_worst(errors: dict[str, list[float]]) -> dict[str, float]:
+    """Of each kind's errors, by size; a kind without any has none."""
     found = {}
-    for kind in KINDS:
-        sizes = [abs(row[f"{prefix}{kind}_error"]) for row in rows]
-        if sizes:
+    for kind, signed in errors.items():
+        if sizes := [abs(error) for error in signed]:
             found[f"{kind}_mean_error"] = round(statistics.mean(sizes), 6)
             found[f"{kind}_worst_error"] = round(max(sizes), 6)
     return found

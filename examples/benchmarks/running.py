@@ -25,6 +25,9 @@ MODEL_SECONDS = 300
 """In which a random model must be made."""
 
 LAST_WORDS_SECONDS = 10
+QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Variables of whatever is measured: nothing is fetched, nothing reported."""
+
 OF_THE_MACHINE = ("--model", "--models", "--only", "--work", "--results", "--seconds", "--run_seconds")
 """Options, with a value each, that say nothing of what is measured."""
 
@@ -83,11 +86,10 @@ def call(
     Raises:
         RuntimeError: it failed, or took longer than the timeout.
     """
-    quiet = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()
     # The leader of a session, so that nothing of it is left if it takes too long.
     process = subprocess.Popen(
-        bound(command), env={**os.environ, **quiet, **(environment or {})}, cwd=folder,
+        bound(command), env={**os.environ, **QUIET, **(environment or {})}, cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     out = err = ""

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import pytest
-from card_holders import family
+from card_holders import family, holders
 
 from parallel_tune.nvml import read_nvml
 
@@ -29,8 +28,7 @@ DATASET = ROOT / "examples" / "short_answers.jsonl"
 def test_no_process_holds_memory_on_two_cards(
     how: str, engine: str, shape: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pynvml.nvmlInit()
-    if pynvml.nvmlDeviceGetCount() < 2:
+    if len(read_nvml()) < 2:
         pytest.skip("needs two GPUs")
     run = tmp_path / "run"
     model = shape("llama-1b")
@@ -45,7 +43,6 @@ def test_no_process_holds_memory_on_two_cards(
         ]  # fmt: skip
     steps = 150 if how == "captured" else 30
     command = [sys.executable, "-P", "-m", "parallel_tune", *options, f"--max_steps={steps}"]
-    cards = {number: pynvml.nvmlDeviceGetHandleByIndex(number) for number in (0, 1)}
     held: dict[int, set[int]] = {}
     process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -54,10 +51,9 @@ def test_no_process_holds_memory_on_two_cards(
             assert time.monotonic() < deadline
             ours = family(process.pid)
             # The constants of the machine are measured by a process of its own, before the run has a folder.
-            for number, card in cards.items() if run.exists() else ():
-                for holder in pynvml.nvmlDeviceGetComputeRunningProcesses(card):
-                    if holder.pid in ours:
-                        held.setdefault(holder.pid, set()).add(number)
+            for pid, cards in holders().items() if run.exists() else ():
+                if pid in ours:
+                    held.setdefault(pid, set()).update(cards)
             time.sleep(0.1)
     finally:
         process.kill()
