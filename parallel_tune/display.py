@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 
 from parallel_tune.data_part import DataPart
+from parallel_tune.disk import full_disk
 from parallel_tune.gauges import Gauge, Reading, open_gauge
-from parallel_tune.launch import full_disk
 from parallel_tune.live import LivePanel
 from parallel_tune.progress import MetricsFollower, duration, steps_of
 from parallel_tune.rundir import RunDir

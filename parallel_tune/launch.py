@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import click
 
 from parallel_tune.allocator import allocator_variables
+from parallel_tune.disk import full_disk
 from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
 from parallel_tune.process import WATCHER, die_with_parent
 from parallel_tune.rundir import Outcome, RunDir
@@ -33,9 +33,6 @@ GRACE_SECONDS = 5.0
 
 PROCESS_EXITING = 0x4
 """Linux's PF_EXITING, among the flags in /proc/PID/stat."""
-
-LEAST_FREE_BYTES = 2**20
-"""With less room than this on its disk, a process that ended without a word could not write one."""
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -321,15 +318,6 @@ class Watcher:
 
     def _said_at(self, rank: int) -> float:
         return min(path.stat().st_mtime for path in self._outcome_files(rank) if path.exists())
-
-
-def full_disk(path: Path) -> str:
-    """What to say where the disk of a run is full; empty if it is not, or cannot be asked."""
-    try:
-        free = shutil.disk_usage(path).free
-    except OSError:
-        return ""
-    return f"the disk of {path} is full: {free / 2**20:.1f} MiB are free" if free < LEAST_FREE_BYTES else ""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel_tune.launch import full_disk
+from parallel_tune.disk import full_disk
 from parallel_tune.rundir import RunDir, create, read_metrics, read_outcome
 from strategies.errors import ConfigError, RunFailed
 
