@@ -313,6 +313,10 @@ def _remove_accelerate_hooks(model: nn.Module) -> None:
     for module in model.modules():
         # Not hasattr: PEFT's wrapper answers for the model inside it, and deleting the hook from the wrapper fails.
         if "_hf_hook" in module.__dict__:
-            from accelerate.hooks import remove_hook_from_module
+            from accelerate.hooks import ModelHook, remove_hook_from_module
 
-            remove_hook_from_module(module)
+            forward, wrapped = module.forward, module.__dict__.get("_old_forward")
+            remove_hook_from_module(module)  # brings back what the hook had wrapped
+            if getattr(forward, "__wrapped__", None) is not wrapped:
+                # Set after the hook, as Unsloth's fused kernels are. What calls the hook's forward finds an idle hook.
+                module.__dict__.update(forward=forward, _old_forward=wrapped, _hf_hook=ModelHook())

@@ -256,6 +256,24 @@ def test_accelerate_hooks_are_removed(lora: bool) -> None:
     assert_same(expected, train_step(model, micro_batches()))
 
 
+def test_a_forward_that_came_after_accelerates_hook_stays() -> None:
+    """Unsloth sets its fused kernels on modules that are hooked already; what the hook had wrapped is older."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = tiny_model()
+    first, second, third = (model.model.layers[index].mlp for index in (0, 1, 2))
+    for mlp in (first, second, third):
+        add_hook_to_module(mlp, AlignDevicesHook("meta"))
+    hooked, before = second.forward, third._old_forward
+    first.forward = torch.zeros_like
+    second.forward = lambda hidden: hooked(hidden) + 1
+    split(model, [0, 2], [CPU, CPU])
+    hidden = torch.ones(2, 3, 16)
+    assert first(hidden).eq(0).all()
+    torch.testing.assert_close(second(hidden), second._old_forward(hidden) + 1)
+    assert third.forward == before
+
+
 def test_four_bit_weights() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = tiny_model(layers=4)
