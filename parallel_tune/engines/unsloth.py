@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from parallel_tune.cache import cache_folder
@@ -48,6 +49,8 @@ class UnslothEngine:
             tokenizer.pad_token = tokenizer.eos_token
         if plan.padding_free and session.device.type == "cuda":
             _use_row_kernels()
+        if len(set(session.device_map().values())) > 1:
+            _wait_for_no_device()
         return model, tokenizer
 
     def add_adapters(self, model: Any, config: TrainConfig, plan: Plan) -> Any:
@@ -89,6 +92,23 @@ def _use_row_kernels() -> None:
     except ImportError:
         return
     enable_hf_packed_attention()
+
+
+def _wait_for_no_device() -> None:
+    """Let a split model's rotary embeddings go on without waiting for their GPU.
+
+    Unsloth waits there, once a layer, wherever it sees a split model (`_sync_if_split`): lanes then stand still
+    together, and a step cannot be captured. Its kernels choose their GPU themselves, and copies between GPUs keep the
+    order of both streams, so there is nothing to wait for.
+    """
+    for name in ("rope_embedding", "qk_norm_rope"):
+        module: Any = sys.modules.get(f"unsloth.kernels.{name}")
+        if hasattr(module, "_sync_if_split"):
+            module._sync_if_split = _go_on
+
+
+def _go_on(_: Any) -> None:
+    """In place of a wait."""
 
 
 def checkpointing(plan: Plan) -> bool | str:

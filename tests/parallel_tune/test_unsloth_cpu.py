@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,37 @@ def test_a_plain_loss_is_asked_of_unsloth(path: str, set_to: str | None, monkeyp
     session: Any = SimpleNamespace(device_map=dict)
     UnslothEngine().load(make_config({"cross_entropy": path}), plan, session, None)
     assert seen == [set_to]
+
+
+SPLIT = """
+import unsloth
+from types import SimpleNamespace
+import torch
+from unsloth.kernels import qk_norm_rope, rope_embedding
+from parallel_tune.config import make_config
+from parallel_tune.engines.unsloth import UnslothEngine
+
+waits = []
+# As on a machine with two GPUs that has seen a split model.
+rope_embedding.DEVICE_COUNT, rope_embedding._UNREGISTERED_SPLIT_SEEN = 2, True
+rope_embedding.torch_device_stream = lambda device: SimpleNamespace(synchronize=lambda: waits.append(device))
+unsloth.FastLanguageModel.from_pretrained = lambda **_: (None, SimpleNamespace(pad_token_id=0))
+plan = SimpleNamespace(captured=False, padding_free=False, gradient_checkpointing="none")
+for devices in ((0, 0), (0, 1)):
+    session = SimpleNamespace(device_map=lambda: dict(zip(("model.layers.0", "lm_head"), devices)))
+    UnslothEngine().load(make_config({}), plan, session, None)
+    waits.clear()
+    rope_embedding.inplace_rope_embedding(*torch.ones(4, 1, 1, 1, 4), None)
+    qk_norm_rope._sync_if_split(torch.ones(1))
+    print(devices, len(waits))
+"""
+
+
+def test_a_split_model_waits_for_no_device() -> None:
+    """Unsloth waits in each layer's rotary embedding: lanes would stand still together, no stage could be captured."""
+    done = subprocess.run([sys.executable, "-c", SPLIT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["(0, 0) 2", "(0, 1) 0"]
 
 
 EARLY = """
