@@ -12,6 +12,7 @@ import torch
 from accelerate import AutocastKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -99,7 +100,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             # Autocast's cache of cast weights is the whole process's: it would hand one thread's tensor to another.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.accelerator.ddp_handler is not None:
-            # Gradients live in the buckets: no second copy of them.
+            # Gradients live in the buckets: no second copy of them, as long as no step lets go of them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
             if plan.reduce_dtype == "bfloat16":
                 self.accelerator.ddp_handler = InBfloat16(**vars(self.accelerator.ddp_handler))
@@ -115,6 +116,11 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
+
+    def _empty_buckets(self, set_to_none: bool = True) -> None:
+        # Gradients that are let go of are made anew by the next step's first micro-batch, beside the buckets.
+        if gradients := [each.grad for each in self._trained if each.grad is not None]:
+            torch._foreach_zero_(gradients)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # Of those that train: transformers walks through all modules to find every parameter.
@@ -180,6 +186,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """
         schedule = self.session.schedule
         if schedule is None:
+            if isinstance(model, DistributedDataParallel):
+                model.zero_grad = self._empty_buckets  # type: ignore[method-assign]
             # The loss of a split model lies where its head is.
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:

@@ -30,6 +30,8 @@ class Looking(ReplicaSession):
     def close(self):
         (wrapper,) = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
         said = {name: value for name, value in wrapper._get_ddp_logging_data().items() if isinstance(value, (int, str))}
+        gradients = [each.grad for each in wrapper.parameters() if each.requires_grad]
+        said["gradients_in_buckets"] = all(each is not None and each._is_view() for each in gradients)
         with open(os.path.join(os.environ["NOTES"], f"rank-{self.rank}.json"), "w") as file:
             json.dump(said, file)
         super().close()
@@ -71,6 +73,7 @@ def test_the_wrapper_is_set_for_dense_adapters(
     assert len(notes) == 2
     for said in notes:
         assert said["gradient_as_bucket_view"] == 1
+        assert said["gradients_in_buckets"], "a step that lets go of its gradients makes a second copy in the next"
         assert said["find_unused_parameters"] == 0
         assert said.get("static_graph", 0) == (accumulation == 1)
         assert ("bfloat16" in said.get("comm_hook", "")) == (reduce_dtype == "bfloat16")
