@@ -13,6 +13,7 @@ from parallel_tune.memory import ClosedFormEstimator, MachineConstants, Training
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapter_parameters, part_parameters, whole
 from parallel_tune.memory.settings import CPU_DEFAULTS
+from parallel_tune.memory.split import SPLIT_CONTEXT_BYTES
 from parallel_tune.memory.states import state_bytes
 from parallel_tune.memory.unsloth_tape import OFFLOADED_HIDDEN, unpacked_weight_bytes
 from strategies.contracts import Arrangement, Checkpointing, Device, MemoryEstimate, Part
@@ -178,7 +179,7 @@ def test_machine_constants_take_the_place_of_defaults() -> None:
     constants = MachineConstants(context_bytes=7, nccl_bytes=11, reserve_fraction=0.5, workspace_bytes=13)
     estimator = ClosedFormEstimator(LLAMA, TrainingSettings(), constants)
     result = estimator.memory(dataclasses.replace(whole(LLAMA), head=False), Arrangement(2, 1, 1, "full"), GPU)
-    assert (result.context_bytes, result.buffers_bytes) == (18, 13)
+    assert (result.context_bytes, result.buffers_bytes) == (SPLIT_CONTEXT_BYTES + 18, 13)
     assert result.reserve_bytes == result.allocated_bytes // 2
     assert estimate(device=CPU).context_bytes > 0
 

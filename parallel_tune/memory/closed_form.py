@@ -20,7 +20,8 @@ from parallel_tune.memory.fused_loss import fused_loss_bytes
 from parallel_tune.memory.layer_tape import Segment, head_segment, layer_segment
 from parallel_tune.memory.reserve import recordings_reserve_bytes, reserve_bytes
 from parallel_tune.memory.settings import CPU_DEFAULTS, CUDA_DEFAULTS, MachineConstants, TrainingSettings
-from parallel_tune.memory.states import StateBytes, state_bytes, table_bytes
+from parallel_tune.memory.split import lane_workspace_bytes, split_context_bytes
+from parallel_tune.memory.states import StateBytes, lent_parameters, state_bytes, table_bytes
 from parallel_tune.memory.unsloth_tape import OFFLOAD_CONTEXT_BYTES, OFFLOADED_HIDDEN, unpacked_weight_bytes
 from strategies.contracts import Arrangement, Device, MemoryEstimate, Part
 
@@ -50,10 +51,13 @@ class ClosedFormEstimator:
         if device.kind == "cpu" and arrangement.gradient_checkpointing == "unsloth":
             # Checkpoints in host memory are the device's own there, and no stream copies them.
             arrangement = replace(arrangement, gradient_checkpointing="full")
-        phases = self.phases(part, arrangement)
+        moments = _Moments(self.facts, self.settings, part, arrangement)
+        phases = tuple(moments.all())
         peak = max(phases, key=lambda phase: phase.allocated_bytes)
         loss_bytes = max((phase.allocated_bytes for phase in phases if phase.phase == "cross_entropy"), default=0)
-        return self.on_device(peak, part, arrangement, device, peak.allocated_bytes - loss_bytes)
+        estimate = self.on_device(peak, part, arrangement, device, peak.allocated_bytes - loss_bytes)
+        hole = moments.table_hole_bytes(peak.allocated_bytes)
+        return replace(estimate, reserve_bytes=estimate.reserve_bytes + hole)
 
     def on_device(
         self, peak: MemoryEstimate, part: Part, arrangement: Arrangement, device: Device, above_loss_bytes: int
@@ -66,9 +70,11 @@ class ClosedFormEstimator:
         built_in = CUDA_DEFAULTS if device.kind == "cuda" else CPU_DEFAULTS
         constants = self.constants or self.measured.get(device.name, built_in)
         streams = CAPTURED_STREAMS if arrangement.captured else 1
-        peak = replace(peak, buffers_bytes=peak.buffers_bytes + streams * constants.workspace_bytes)
+        workspaces = streams * constants.workspace_bytes + lane_workspace_bytes(constants, arrangement)
+        peak = replace(peak, buffers_bytes=peak.buffers_bytes + workspaces)
         context = constants.context_bytes + (constants.nccl_bytes if arrangement.processes > 1 else 0)
         context += GRAPHS_CONTEXT_BYTES if arrangement.captured else 0
+        context += split_context_bytes(part, arrangement) if device.kind == "cuda" else 0
         context += OFFLOAD_CONTEXT_BYTES if arrangement.gradient_checkpointing == "unsloth" else 0
         scratch = constants.nf4_scratch_bytes if self.settings.load_in_4bit else 0
         return replace(
@@ -84,26 +90,14 @@ class ClosedFormEstimator:
         """Recordings keep their memory; an eager pass of a size that is not yet recorded takes its own beside it."""
         if not arrangement.captured:
             return 0
-        others = self._other_recordings_bytes(part, arrangement)
+        # Each lane has recordings of its own; the last stage's share their memory, as no micro-batch waits there.
+        others = 0 if part.head else (arrangement.lanes - 1) * peak.activations_bytes
         a_pass = peak.activations_bytes + peak.cross_entropy_bytes
         if self.second_pass_tokens is None:
             return others + a_pass
         # All but the tables of positions grows with the tokens.
         second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
         return others + second + recordings_reserve_bytes(a_pass, self.facts, self.settings, arrangement)
-
-    def _other_recordings_bytes(self, part: Part, arrangement: Arrangement) -> int:
-        """What other lanes' recordings keep beside what their waiting micro-batches hold, which the peak counts.
-
-        The last stage's recordings share their memory: no micro-batch waits there.
-        """
-        if part.head or arrangement.lanes == 1:
-            return 0
-        alone, together = (
-            max(moment.activations_bytes for moment in self.phases(part, each))
-            for each in (replace(arrangement, lanes=1), arrangement)
-        )
-        return arrangement.lanes * alone - together
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
         """Live tensors at every moment that can be the peak: the loss, a layer's backward, the optimizer step."""
@@ -136,10 +130,10 @@ class _Moments:
         self.segments = self._segments()
         self.stored = [self._stored(segment) for segment in self.segments]
         self.constant = self._constant_bytes()
-        # Every other lane may wait with all that its micro-batch has stored; not in the last stage, which takes a
-        # micro-batch's forward and backward in one go.
-        others = 0 if part.head else arrangement.lanes - 1
-        self.other_lanes = others * (sum(self.stored) + self.constant)
+        # Every other lane may wait with all that its micro-batch has stored, and the output that it has sent on; not in
+        # the last stage, which takes a micro-batch's forward and backward in one go. Recordings are made one by one.
+        others = 0 if part.head or arrangement.captured else arrangement.lanes - 1
+        self.other_lanes = others * (sum(self.stored) + self.constant + self.hidden_bytes)
 
     def all(self) -> Iterator[MemoryEstimate]:
         if self.part.head:
@@ -148,9 +142,7 @@ class _Moments:
         yield from self._layers()
         if self.part.embedding and self.settings.method == "full":
             yield self._embedding()
-        yield self._estimate(
-            "optimizer", self.states.gradients_bytes, 0, buffers=self.states.optimizer_temporaries_bytes
-        )
+        yield self._optimizer()
 
     def _loss(self) -> MemoryEstimate:
         head = head_segment(self.facts, self.settings, self.arrangement.micro_batch, self.gradients_exist)
@@ -170,7 +162,7 @@ class _Moments:
     def _layers(self) -> Iterator[MemoryEstimate]:
         """Backward reaches a layer when those above have left their gradients and those below still wait."""
         tables = table_bytes(self.facts, self.settings, self.part)
-        waiting = tables.head_gradient_bytes if self.gradients_exist and tables.shared else 0
+        waiting = tables.passing_bytes if self.gradients_exist else 0
         per_layer = (self.states.gradients_bytes - tables.gradient_bytes) // len(self.segments)
         above, below = tables.head_gradient_bytes, sum(self.stored)
         # A stage holds its output while it plays backwards, and the gradient that came for it; the topmost layer's own
@@ -225,7 +217,29 @@ class _Moments:
             extra *= 3 if self.gradients_exist else 2
         elif not self.gradients_exist:
             extra = 0
-        return self._estimate("backward", self.states.gradients_bytes, self.constant + self.hidden_bytes, buffers=extra)
+        activations = self.constant + self.hidden_bytes + self.other_lanes
+        return self._estimate("backward", self.states.gradients_bytes, activations, buffers=extra)
+
+    def table_hole_bytes(self, peak_bytes: int) -> int:
+        """Room for a trained embedding's gradient, and for its sum with a tied head's, beside all else.
+
+        Another lane's activations lie scattered among those that are freed: nothing as large fits between them. In
+        three runs on two H200s the allocator held so much and 0.1 to 0.2 GiB.
+        """
+        tables = table_bytes(self.facts, self.settings, self.part)
+        if self.arrangement.lanes == 1 or self.arrangement.captured or not tables.embedding_gradient_bytes:
+            return 0
+        layers_peak = max(moment.allocated_bytes for moment in self._layers())
+        tensors = 2 if tables.shared else 1
+        return max(0, layers_peak + tensors * tables.embedding_gradient_bytes - peak_bytes)
+
+    def _optimizer(self) -> MemoryEstimate:
+        temporaries = self.states.optimizer_temporaries_bytes
+        moment = self._estimate("optimizer", self.states.gradients_bytes, 0, buffers=temporaries)
+        if self.settings.method != "full":
+            return moment
+        lent = lent_parameters(self.facts, self.part) * self.settings.weight_bytes
+        return replace(moment, weights_bytes=moment.weights_bytes - lent)
 
     def _estimate(
         self, phase: str, gradients: int, activations: int, cross_entropy: int = 0, buffers: int = 0

@@ -121,7 +121,13 @@ def trainable_sizes(facts: ModelFacts, settings: TrainingSettings, part: Part) -
     counts = part_parameters(facts, part)
     if part.head and facts.hidden_size < BNB_8BIT_SMALLEST:
         float32_states += facts.hidden_size  # the norm before the head
-    return counts.total - outside, float32_states + counts.embedding
+    return counts.total - outside - lent_parameters(facts, part), float32_states + counts.embedding
+
+
+def lent_parameters(facts: ModelFacts, part: Part) -> int:
+    """Of a tied head apart from its embedding: a copy, whose gradient goes back and which no optimizer knows."""
+    lent = facts.tied_embeddings and part.head and not part.embedding
+    return facts.vocab_size * facts.hidden_size if lent else 0
 
 
 def _kinds(facts: ModelFacts, part: Part) -> list[tuple[int, int]]:
@@ -176,23 +182,35 @@ class TableBytes:
     """Gradients of the embedding and the head, where they are trained.
 
     Attributes:
-        shared: both are one weight on this device.
+        head_gradient_bytes: also of a tied head elsewhere, where it comes back to the embedding.
+        shared: both are one weight, which lives on this device.
+        lent: the head is a copy of the embedding's weight, made for each pass; its gradient leaves with the pass.
     """
 
     head_gradient_bytes: int
     embedding_gradient_bytes: int
     shared: bool
+    lent: bool
 
     @property
     def gradient_bytes(self) -> int:
         """What they leave behind."""
-        return (
-            self.embedding_gradient_bytes if self.shared else self.head_gradient_bytes + self.embedding_gradient_bytes
-        )
+        kept = 0 if self.shared or self.lent else self.head_gradient_bytes
+        return kept + self.embedding_gradient_bytes
+
+    @property
+    def passing_bytes(self) -> int:
+        """What lies beside gradients that exist already while the layers are played backwards."""
+        return self.head_gradient_bytes if self.shared or self.lent else 0
 
 
 def table_bytes(facts: ModelFacts, settings: TrainingSettings, part: Part) -> TableBytes:
     """Gradients of a part's embedding and head."""
     table = facts.vocab_size * facts.hidden_size * settings.weight_bytes if settings.method == "full" else 0
-    shared = facts.tied_embeddings and part.embedding and part.head
-    return TableBytes(table if part.head else 0, table if part.embedding else 0, shared)
+    shared = facts.tied_embeddings and part.embedding
+    return TableBytes(
+        head_gradient_bytes=table if part.head or shared else 0,
+        embedding_gradient_bytes=table if part.embedding else 0,
+        shared=shared,
+        lent=lent_parameters(facts, part) > 0,
+    )

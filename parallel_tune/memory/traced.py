@@ -162,7 +162,7 @@ class TracedEstimator:
         kept, phases = traced["kept"], traced["phases"]
         phase = max(phases, key=lambda name: phases[name])
         # Other lanes wait with what their micro-batch has stored; see `closed_form`.
-        waiting = 0 if part.head else (arrangement.lanes - 1) * kept["stored"]
+        waiting = 0 if part.head or arrangement.captured else (arrangement.lanes - 1) * kept["stored"]
         # A trace steps AdamW; another optimizer's moments take their place.
         moments = _moments(settings, kept)
         gradients_wait = arrangement.gradient_accumulation_steps > 1 or arrangement.processes > 1
