@@ -116,3 +116,15 @@ def test_a_model_is_there_only_when_it_is_whole(
             shapes.make_model("tiny", tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
     assert (running.random_model("tiny", tmp_path / "tiny") / "model.safetensors").exists()
+
+
+def test_a_record_goes_on_with_other_cases_of_the_same_settings(running: Any, tmp_path: Path) -> None:
+    def record(*arguments: str) -> Any:
+        return running.Record("some", "cpu", tmp_path, arguments, go_on=True, choosing=("--cases",))
+
+    record("--cases", "a", "--steps=4").add({"what": "a"}, lambda rows: {"count": len(rows)})
+    record("--cases=b", "--steps=4").add({"what": "b"}, lambda rows: {"count": len(rows)})
+    again = record("--cases", "a", "--steps=4")
+    assert again.has("a") and again.has("b")
+    assert again.content["earlier_commands"] == ["python examples/benchmarks/some.py --cases=b --steps=4"]
+    assert not record("--cases", "a", "--steps=5").has("a")

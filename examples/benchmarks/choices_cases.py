@@ -74,11 +74,11 @@ FEW, MORE = 3, 8
 """Steps of a case in which one run fails, and of one in which speeds are compared."""
 
 CASES: tuple[Case, ...] = (
-    Case("llama-1b", "full", 1024, "2xRTX3080-10GB", "no replica", FEW),
+    Case("llama-1b", "full", 768, "2xRTX3080-10GB", "no replica", FEW),
     Case("llama-1b", "lora", 2048, "2xRTX3090-24GB", "replica", MORE),
     Case("llama-3b", "lora", 1024, "2xRTX3070-8GB", "no replica", FEW),
     Case("llama-3b", "4bit", 1024, "2xRTX3090-24GB", "replica", MORE),
-    Case("llama-3b", "full", 1024, "2xRTX3090-24GB", "no replica", FEW),
+    Case("llama-3b", "full", 768, "2xRTX3090-24GB", "no replica", FEW),
     Case("llama-3b", "lora", 2048, "2xRTX4080-16GB", "replica that recomputes", MORE),
     Case("qwen3-4b", "lora", 1536, "2xRTX3080-10GB", "no replica", FEW),
     Case("llama-1b", "full", 1024, "2xRTX3090-24GB", "replica", MORE, options=EIGHT_BIT),

@@ -200,29 +200,44 @@ class Record:
     Args:
         arguments: of the command; those that are of the machine are left out.
         go_on: keep the good rows of a file that the same command has written.
+        choosing: options, with a value each, that only choose which rows are measured: they may differ.
         more: what else the file says; part of the command's sameness.
     """
 
     def __init__(
-        self, name: str, hardware: str, folder: Path, arguments: Sequence[str], go_on: bool = False, **more: Any
+        self,
+        name: str,
+        hardware: str,
+        folder: Path,
+        arguments: Sequence[str],
+        go_on: bool = False,
+        choosing: Sequence[str] = (),
+        **more: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.{hardware}.json"
-        same = {"command": " ".join(["python", f"examples/benchmarks/{name}.py", *told(arguments)]), **more}
+        program = ["python", f"examples/benchmarks/{name}.py"]
+        same = {"settings": " ".join(told(arguments, choosing)), **more} if choosing else more
+        command = " ".join([*program, *told(arguments)])
         self.content: dict[str, Any] = {
             "name": name,
             "hardware": hardware,
             "versions": {},
             "date": datetime.date.today().isoformat(),
+            "command": command,
             **same,
             "rows": [],
             "figures": {},
         }
         if go_on and self.path.exists():
             before = json.loads(self.path.read_text())
-            if all(before.get(key) == value for key, value in same.items()):
+            is_same = choosing or before.get("command") == command
+            if is_same and all(before.get(key) == value for key, value in same.items()):
                 good = [row for row in before["rows"] if "failed" not in row]
                 self.content |= {"versions": before["versions"], "rows": good}
+                if choosing:
+                    earlier = [*before.get("earlier_commands", []), before["command"]]
+                    self.content["earlier_commands"] = [each for each in dict.fromkeys(earlier) if each != command]
             else:
                 say(f"{self.path.name} is another command's: {before.get('command')}; all is measured anew")
 
@@ -239,13 +254,14 @@ class Record:
         write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
-def told(arguments: Sequence[str]) -> list[str]:
-    """The arguments that say what is measured."""
+def told(arguments: Sequence[str], but: Sequence[str] = ()) -> list[str]:
+    """The arguments that say what is measured, but for those options."""
+    left_out = (*OF_THE_MACHINE, *but)
     kept: list[str] = []
     is_value = False
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if not is_value and name not in OF_THE_MACHINE and name != "--go_on":
+        if not is_value and name not in left_out and name not in ("--go_on", "--keep_models"):
             kept.append(argument)
-        is_value = not is_value and name in OF_THE_MACHINE and not equals
+        is_value = not is_value and name in left_out and not equals
     return kept

@@ -10,8 +10,8 @@ ways train the same rows in the same steps with the same checkpointing. Figures 
 first few. `ballast=GIB` lets another process hold so much of each card, so that one card cannot hold the model; the
 plan's row tells why ddp was not taken, and what a plan chooses when it is left alone. What fails, or does not fit in
 --seconds, is left out and said. Writes results/split_speed.HARDWARE.json beside this file, anew after each run; with
---go_on the same command, once more, does what is missing, and --only TEXT,TEXT of that the runs whose names contain one
-of them: CASE-WAY and CASE-plan.
+--go_on the same command, once more or with other --cases and --ways, adds what is missing, and --only TEXT,TEXT of that
+the runs whose names contain one of them: CASE-WAY and CASE-plan.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> Path:
             print(path)
         return Path(options.picture)
     hardware = "cpu" if options.small else hardware_name(options.gpus)
-    record = Record("split_speed", hardware, options.results, arguments, options.go_on)
+    record = Record("split_speed", hardware, options.results, arguments, options.go_on, choosing=("--cases", "--ways"))
     with work_folder(options.work) as folder:
         for row in Benchmark(folder, options).measure(record.has):
             shown = ("what", "step_seconds", "tokens_per_second", "stage_times_share", "total_seconds", "failed")
