@@ -50,6 +50,33 @@ def test_a_replica_and_a_split_train_alike(
         assert run.report["held_out_loss_after"] < run.report["held_out_loss_before"]
 
 
+@pytest.mark.parametrize("capture", ["off", "on"])
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+def test_a_split_over_two_gpus_holds_what_was_planned_and_trains_as_one(
+    engine: str, capture: str, tune: Any, shape: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """On two GPUs a model is dispatched while it loads: what the engine then sets on its layers must outlive that."""
+    needs(engine)
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    options = (f"--model={shape('llama-1b')}", f"--engine={engine}", *BASE, "--use_gradient_checkpointing=none")
+    replica = tune(tmp_path / "replica", "--strategy=ddp", "--capture=off", *options)
+    split = tune(
+        tmp_path / "split", *options, "--strategy=model_parallel", "--max_devices=2", "--pipeline=on",
+        f"--capture={capture}",
+    )  # fmt: skip
+    print(engine, capture, replica.losses, split.losses, split.report)
+    assert (split.report["lanes"], split.report["lanes_reason"]) == (2, None)
+    if capture == "on":
+        assert split.report["captured"]["reason"] is None
+        assert split.report["captured"]["replayed_elements"] > 0
+    assert split.losses[0] == pytest.approx(replica.losses[0], rel=1e-3)
+    assert split.losses == pytest.approx(replica.losses, rel=2e-2)
+    for device in split.report["devices"]:
+        assert device["allocated_peak_bytes"] == pytest.approx(device["predicted_allocated_bytes"], rel=0.05)
+        assert device["used_peak_bytes"] == pytest.approx(device["predicted_peak_bytes"], rel=0.1)
+
+
 @pytest.mark.parametrize("family", ["qwen3-1b", "gemma3-1b"])
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 def test_other_families_train_by_auto(
