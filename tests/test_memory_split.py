@@ -76,6 +76,27 @@ def test_each_card_holds_about_what_was_planned(row: Row) -> None:
         assert least < predicted.peak_bytes / (reserved + CONTEXT_BYTES) - 1 < 0.05
 
 
+CAPTURED_ROWS = [
+    # lanes, first layer of device 1, allocated bytes, used bytes
+    (1, 18, (18158335488, 17396298240), (19585302528, 19444793344)),
+    (2, 17, (17296209408, 18394807808), (27124563968, 20491272192)),
+]
+"""Of an 8B Llama shape, 2,048 tokens, all in one size, transformers (examples/benchmarks/split_speed.py)."""
+
+
+@pytest.mark.parametrize(("lanes", "cut", "allocated", "used"), CAPTURED_ROWS)
+def test_captured_stages_hold_about_what_was_planned(
+    lanes: int, cut: int, allocated: tuple[int, int], used: tuple[int, int]
+) -> None:
+    row: Row = ("llama-8b", "lora", "adamw_torch_fused", 2048, "none", cut, (0, 0), (0, 0))
+    formula = replace(estimator(row), second_pass_tokens=0)
+    arrangement = Arrangement(1, 1, 16, "none", lanes, 2, captured=True)
+    for number, part in enumerate(parts(formula.facts, cut)):
+        predicted = formula.memory(part, arrangement, H200)
+        assert predicted.allocated_bytes == pytest.approx(allocated[number], rel=0.015)
+        assert predicted.peak_bytes == pytest.approx(used[number], rel=0.025)
+
+
 def test_recordings_of_lanes_are_made_one_by_one_and_kept() -> None:
     row = ROWS[1]
     formula = estimator(row)

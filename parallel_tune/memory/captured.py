@@ -19,9 +19,10 @@ CAPTURED_RESERVE_BYTES = 1536 << 20
 Chosen by five runs of an 8B shape with one size each (both engines, 640 to 8,192 tokens, H200): 1.5 to 1.8 GiB; so
 these are no test of it."""
 
-CAPTURED_LOSS_RESERVE_BYTES = 640 << 20
+CAPTURED_RESERVE_BESIDE_BYTES = 640 << 20
 """What lies idle beside one copy of the logits where segments grow and the loss makes new ones. Chosen by three runs on
-an H100 (two with one size): 0.6 to 0.7 GiB; one of Unsloth's, whose loss works in place, held 0.1 GiB in all."""
+an H100 (two with one size): 0.6 to 0.7 GiB; one of Unsloth's, whose loss works in place, held 0.1 GiB in all. On the
+cards of a split (eight on two H200s) 0.5 to 0.7 GiB lie idle with either engine, and logits where such a loss is."""
 
 GRAPHS_CONTEXT_BYTES = 96 << 20
 """What recordings add to the context, outside the allocator: the graphs' executables. Measured on an H100: 90 to 108

@@ -97,7 +97,7 @@ class ClosedFormEstimator:
             return others + a_pass
         # All but the tables of positions grows with the tokens.
         second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
-        return others + second + recordings_reserve_bytes(a_pass, self.facts, self.settings, arrangement)
+        return others + second + recordings_reserve_bytes(a_pass, self.facts, self.settings, part, arrangement)
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
         """Live tensors at every moment that can be the peak: the loss, a layer's backward, the optimizer step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel_tune.memory.captured import CAPTURED_LOSS_RESERVE_BYTES, CAPTURED_RESERVE_BYTES
+from parallel_tune.memory.captured import CAPTURED_RESERVE_BESIDE_BYTES, CAPTURED_RESERVE_BYTES
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.fused_loss import chunk_bytes
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
@@ -87,7 +87,7 @@ def _fixed_segments_bytes(logits: int, constants: MachineConstants, arrangement:
 
 
 def recordings_reserve_bytes(
-    a_pass: int, facts: ModelFacts, settings: TrainingSettings, arrangement: Arrangement
+    a_pass: int, facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement
 ) -> int:
     """What lies idle in a captured run's recordings, the eager pass of another size aside.
 
@@ -96,6 +96,8 @@ def recordings_reserve_bytes(
     """
     if not settings.segments_grow:
         return min(a_pass, CAPTURED_RESERVE_BYTES)
-    if settings.engine == "unsloth":
-        return 0  # its loss works in place
-    return min(a_pass, _logits_bytes(facts, settings, arrangement) + CAPTURED_LOSS_RESERVE_BYTES)
+    works_in_place = settings.engine == "unsloth"  # its loss
+    logits = _logits_bytes(facts, settings, arrangement) if part.head and not works_in_place else 0
+    if logits or not (part.embedding and part.head):
+        return min(a_pass, logits + CAPTURED_RESERVE_BESIDE_BYTES)
+    return 0

@@ -9,7 +9,7 @@ import pytest
 
 from parallel_tune.config import make_config
 from parallel_tune.hardware import parse_hardware
-from parallel_tune.memory.captured import CAPTURED_LOSS_RESERVE_BYTES, GRAPHS_CONTEXT_BYTES
+from parallel_tune.memory.captured import CAPTURED_RESERVE_BESIDE_BYTES, GRAPHS_CONTEXT_BYTES
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
@@ -118,7 +118,7 @@ def test_a_captured_step_keeps_copies_of_gradients_and_a_second_pass() -> None:
     assert captured.context_bytes - eager.context_bytes == GRAPHS_CONTEXT_BYTES
     two = estimate(facts, "transformers", 768, captured=True, second=512)
     a_pass = captured.activations_bytes + captured.cross_entropy_bytes
-    idle = 768 * facts.vocab_size * 2 + CAPTURED_LOSS_RESERVE_BYTES
+    idle = 768 * facts.vocab_size * 2 + CAPTURED_RESERVE_BESIDE_BYTES
     assert captured.reserve_bytes == idle
     assert two.reserve_bytes == idle + a_pass * 512 // 768
     unknown = estimate(facts, "transformers", 768, captured=True)
