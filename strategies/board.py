@@ -1,8 +1,13 @@
 """Who may work where: the tokens that lanes pass around, without any knowledge of tensors.
 
 A segment is one stage's part of a micro-batch's forward or backward. Micro-batches are admitted to every segment in
-index order, forwards and backwards alike: gradients are then summed in one order, whatever the threads do. No lane
-waits while it holds a token, and the smallest unfinished micro-batch may always go on, so lanes cannot deadlock.
+index order, forwards and backwards alike: gradients are then summed in one order, whatever the threads do. A segment
+goes back only after as many forwards as there are segments from it on, as in one forward, one backward
+(PipeDream-Flush, Narayanan et al. 2021, arXiv:2006.09503): threads run ahead of GPUs, which work in the order of issue,
+and a backward issued too early would hold up the next forward and the GPUs that wait for it.
+
+No lane waits while it holds a token, the smallest unfinished micro-batch waits for forwards of lanes alone, and these
+may go on, so lanes cannot deadlock.
 """
 
 from __future__ import annotations
@@ -20,15 +25,17 @@ class Board:
 
     Args:
         tokens: the token that each segment needs; segments with the same token never run at once.
+        num_lanes: how many micro-batches may be under way.
 
     Attributes:
         error: the first failure, None while all is well.
     """
 
-    def __init__(self, tokens: Sequence[int], num_micro_batches: int) -> None:
+    def __init__(self, tokens: Sequence[int], num_micro_batches: int, num_lanes: int) -> None:
         self.error: BaseException | None = None
         self._tokens = tuple(tokens)
         self._num_micro_batches = num_micro_batches
+        self._ahead = [min(num_lanes, len(tokens) - segment) - 1 for segment in range(len(tokens))]
         self._changed = threading.Condition()
         self._started = 0
         self._holders: dict[int, int] = {}
@@ -44,7 +51,7 @@ class Board:
             return self._started - 1
 
     def acquire(self, segment: int, micro_batch: int, backward: bool) -> None:
-        """Wait for this micro-batch's turn in the segment, and for its token. Backwards go before forwards.
+        """Wait for this micro-batch's turn in the segment, and for its token. A backward that may go goes first.
 
         Raises:
             Aborted: the run failed meanwhile.
@@ -90,9 +97,14 @@ class Board:
         if self.error is not None:
             raise Aborted
         token = self._tokens[segment]
-        if token in self._holders or self._turn[backward][segment] != micro_batch:
+        if token in self._holders:
             return False
-        return backward or not any(
-            self._tokens[other] == token and self._turn[True][other] == index
-            for other, index in self._backwards_waiting
+        if backward:
+            return self._may_go_back(segment, micro_batch)
+        return self._turn[False][segment] == micro_batch and not any(
+            self._tokens[other] == token and self._may_go_back(other, index) for other, index in self._backwards_waiting
         )
+
+    def _may_go_back(self, segment: int, micro_batch: int) -> bool:
+        last_ahead = min(micro_batch + self._ahead[segment], self._num_micro_batches - 1)
+        return self._turn[True][segment] == micro_batch and self._turn[False][segment] > last_ahead

@@ -135,7 +135,7 @@ class Lanes:
         devices, random = self._stages.devices, finding.random_devices
         tokens = _tokens(devices, random)
         course = Course(
-            board=Board(tokens, len(micro_batches)),
+            board=Board(tokens, len(micro_batches), self._num_lanes),
             clock=Clock(devices, self._align_clocks),
             devices=devices,
             streams={gpu: torch.cuda.current_stream(gpu) for gpu in _gpus(devices)},

@@ -14,7 +14,7 @@ from strategies.board import Aborted, Board
 
 def play(tokens: list[int], num_micro_batches: int, num_lanes: int, seed: int) -> list[tuple[int, int, bool]]:
     """Run the schedule with threads and random pauses; returns (segment, micro-batch, backward) as entered."""
-    board = Board(tokens, num_micro_batches)
+    board = Board(tokens, num_micro_batches, num_lanes)
     entered: list[tuple[int, int, bool]] = []
     inside: list[int] = []
     chance = random.Random(seed)
@@ -64,8 +64,30 @@ def test_every_segment_is_entered_in_index_order_in_every_interleaving() -> None
             assert [index for s, index, backward in entered if s == segment and backward] == list(range(count))
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("lanes", [2, 3, 4])
+def test_a_stage_hands_on_the_next_forward_before_it_goes_back_once_more(lanes: int, stages: int) -> None:
+    """Threads run ahead of GPUs, which work in the order of issue: a backward that waits for the next GPU must not be
+    issued before a forward that the next GPU waits for."""
+    count = 8
+    for seed in range(40):
+        entered = play(list(range(stages)), count, lanes, seed)
+        for stage in range(stages - 1):
+            order = [(index, backward) for s, index, backward in entered if s == stage]
+            ahead = min(lanes, stages - stage) - 1
+            for index in range(count):
+                assert order.index((min(index + ahead, count - 1), False)) < order.index((index, True))
+
+
+def test_two_lanes_on_two_stages_have_one_order() -> None:
+    for seed in range(60):
+        entered = play([0, 1], 5, 2, seed)
+        first = [f"{'B' if backward else 'F'}{index}" for s, index, backward in entered if s == 0]
+        assert first == ["F0", "F1", "B0", "F2", "B1", "F3", "B2", "F4", "B3", "B4"]
+
+
 def test_a_backward_whose_turn_it_is_goes_before_a_forward() -> None:
-    board = Board([0, 1], 3)
+    board = Board([0, 1], 3, 2)
     board.acquire(0, 0, False)
     board.release(0, 0, False)
     board.acquire(0, 1, False)  # micro-batch 1 works at stage 0
@@ -89,7 +111,7 @@ def test_a_backward_whose_turn_it_is_goes_before_a_forward() -> None:
 
 
 def test_a_backward_whose_turn_has_not_come_keeps_nobody_waiting() -> None:
-    board = Board([0, 1], 2)
+    board = Board([0, 1], 2, 2)
 
     def wait() -> None:
         with pytest.raises(Aborted):
@@ -105,7 +127,7 @@ def test_a_backward_whose_turn_has_not_come_keeps_nobody_waiting() -> None:
 
 
 def test_a_failure_ends_all_who_wait_and_the_first_error_stays() -> None:
-    board = Board([0, 1], 9)
+    board = Board([0, 1], 9, 4)
     board.acquire(0, 0, False)
     caught: list[BaseException] = []
 
