@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,7 @@ def test_a_model_saved_in_nf4_trains_as_one_that_is_quantised_while_it_loads(
     engine: str, tune: Any, quantised_model: Path
 ) -> None:
     options = (f"--engine={engine}", "--hardware=cpu:2", "--strategy=model_parallel", "--max_steps=3")
-    while_loading = tune(*options, "--load_in_4bit")
-    others = tuple(option for option in tune.base if not option.startswith("--model="))
-    saved = replace(tune, base=(*others, f"--model={quantised_model}"))(*options)
+    while_loading, saved = tune.in_turn((*options, "--load_in_4bit"), (*options, f"--model={quantised_model}"))
     assert len(saved.losses) == 3
     assert saved.losses == pytest.approx(while_loading.losses, rel=1e-4)
 
