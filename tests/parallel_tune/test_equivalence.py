@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from parallel_tune.data import EncodedRow
 
-GLOBAL_BATCH, EPOCHS, SEED, RATE, WARMUP = 12, 4, 3407, 2e-3, 5
-STEPS = 20
+GLOBAL_BATCH, EPOCHS, SEED, RATE, WARMUP = 12, 2, 3407, 2e-3, 5
+STEPS = 10
 TOLERANCE = 1e-5
 
 Rows = list[EncodedRow]
@@ -64,7 +63,7 @@ def mean_loss(model: Any, rows: Rows) -> float:
 
 
 def reference(model: Any, rows: Rows) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of 20 steps: AdamW, linear warm-up and decay, clipping at 1."""
+    """Losses and gradient norms of ten steps: AdamW, linear warm-up and decay, clipping at 1."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -109,36 +108,51 @@ FUSED = "--cross_entropy=fused"
 LAYOUTS = {
     "single process": ("single_run", ()),
     "ddp on 2": ("ddp_run", ()),
-    "ddp on 3": (None, ("--strategy=ddp", "--hardware=cpu:3")),
+    "ddp on 3": (3, ("--strategy=ddp", "--hardware=cpu:3")),
     "model_parallel on 2": ("split_run", ()),
-    "model_parallel on 3": (None, ("--strategy=model_parallel", "--hardware=cpu:3")),
-    "padded ddp on 2": (None, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "padded, three rows": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
-    "ddp on 2, a row": (None, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
-    "all rows at once": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "model_parallel on 3": (1, ("--strategy=model_parallel", "--hardware=cpu:3")),
+    "padded ddp on 2": (2, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "padded, three rows": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
+    "ddp on 2, a row": (2, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
+    "all rows at once": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
     "lanes, three rows": (
-        None,
+        1,
         ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on", "--per_device_train_batch_size=3"),
     ),
-    "fused loss": (None, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
-    "fused loss, padded ddp on 2": (None, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "fused loss, model_parallel on 3": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
-    "fused loss, lanes": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
+    "fused loss": (1, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "fused loss, padded ddp on 2": (2, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "fused loss, model_parallel on 3": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
+    "fused loss, lanes": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
 }
+"""The fixture of a run that others share, or a number of processes, which train all layouts of that number in turn."""
+
+
+@pytest.fixture(scope="module")
+def layout_run(tune: Any, request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Gives the run of a layout."""
+    runs: dict[str, Any] = {}
+
+    def give(layout: str) -> Any:
+        by, _ = LAYOUTS[layout]
+        if isinstance(by, str):
+            return request.getfixturevalue(by)
+        if layout not in runs:
+            alike = {name: options for name, (others, options) in LAYOUTS.items() if others == by}
+            runs.update(zip(alike, tune.in_turn(*alike.values()), strict=True))
+        return runs[layout]
+
+    return give
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_the_references(
     layout: str,
-    request: pytest.FixtureRequest,
-    tune: Any,
+    layout_run: Callable[[str], Any],
     adapted: tuple[list[float], list[float], float],
     rows: tuple[Rows, Rows],
 ) -> None:
-    fixture, options = LAYOUTS[layout]
-    if any(option.startswith("--per_device_train_batch_size") for option in options):
-        tune = replace(tune, base=tuple(option for option in tune.base if "per_device" not in option))
-    run = request.getfixturevalue(fixture) if fixture else tune(*options)
+    _, options = LAYOUTS[layout]
+    run = layout_run(layout)
     losses, norms, held_out = adapted
     assert [row["step"] for row in run.metrics] == list(range(1, STEPS + 1))
     assert run.losses == pytest.approx(losses, rel=TOLERANCE)
@@ -171,18 +185,32 @@ def test_the_adapter_gives_the_same_loss_in_plain_peft(
     assert run.report["held_out_loss_after"] < before
 
 
-@pytest.mark.parametrize(
-    "options", [(), (FUSED,), (FUSED, "--pipeline=on")], ids=["plain loss", "fused loss", "fused loss, lanes"]
-)
+TIED = {"plain loss": (), "fused loss": (FUSED,), "fused loss, lanes": (FUSED, "--pipeline=on")}
+
+
+@pytest.fixture(scope="module")
+def tied_runs(tune: Any) -> dict[str, Any]:
+    """Runs that train all weights of the tied model, split in three."""
+    split = ("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0")
+    return dict(zip(TIED, tune.in_turn(*((*split, *options) for options in TIED.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def tied_losses(tied_model: Path, rows: tuple[Rows, Rows]) -> list[float]:
+    """The losses of the reference that trains all weights."""
+    from transformers import AutoModelForCausalLM
+
+    return reference(AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32), rows[0])[0]
+
+
+@pytest.mark.parametrize("loss", TIED)
 def test_all_weights_of_a_tied_model_train_alike_in_a_split(
-    options: tuple[str, ...], tune: Any, tied_model: Path, rows: tuple[Rows, Rows]
+    loss: str, tied_runs: dict[str, Any], tied_losses: list[float], rows: tuple[Rows, Rows]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    run = tune("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0", *options)
-    model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
-    losses, _ = reference(model, rows[0])
-    assert run.losses[:5] == pytest.approx(losses[:5], rel=1e-4)
+    run = tied_runs[loss]
+    assert run.losses[:5] == pytest.approx(tied_losses[:5], rel=1e-4)
     saved = AutoModelForCausalLM.from_pretrained(run.run / "model", dtype=torch.float32)
     assert mean_loss(saved, rows[1]) == pytest.approx(run.report["held_out_loss_after"], rel=1e-6)
 
