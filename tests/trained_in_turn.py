@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from parallel_tune.process import leave, redirect_output
+from parallel_tune.process import die_with_parent, leave, redirect_output
 from parallel_tune.rundir import RunDir
 from parallel_tune.worker import train
 
 
 def main(folders: list[str]) -> NoReturn:
-    """Train as each run directory says."""
+    """Train as each run directory says. Never returns."""
+    die_with_parent()
     held = []
     for run in (RunDir(Path(folder)) for folder in folders):
         redirect_output(run.log(int(os.environ.get("RANK", "0"))))
