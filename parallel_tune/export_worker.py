@@ -21,8 +21,9 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.export import Export, unfinished
 from parallel_tune.llama_cpp import GGUF_TYPES
 from parallel_tune.model_card import public_name
-from parallel_tune.process import leave
+from parallel_tune.process import importing, leave
 from parallel_tune.rundir import RunDir
+from parallel_tune.unneeded import leave_out, unneeded_packages
 from strategies.errors import ParallelTuneError, RunFailed
 
 
@@ -50,6 +51,7 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         RunFailed: the converter or the push failed.
     """
     config, _ = run.read()
+    import_libraries(config, wanted)
     target = Path(wanted.save_path)
     folder = unfinished(target)
     match wanted.method:
@@ -87,6 +89,14 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
                 f"{target} is written, but the push to {wanted.hub_path} failed: {message}",
                 f"`hf upload {wanted.hub_path} {target}` pushes it without a new export.",
             ) from error
+
+
+def import_libraries(config: TrainConfig, wanted: Export) -> None:
+    """What every export imports, without what most have no use for; see `process.importing`."""
+    if wanted.method != "merged_4bit" and wanted.exporter != "unsloth":
+        leave_out(unneeded_packages(config, "transformers"))
+    with importing():
+        import peft  # noqa: F401
 
 
 def require_readable(adapter: Path) -> None:

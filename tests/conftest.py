@@ -154,12 +154,12 @@ def environment() -> dict[str, str]:
 
 
 BATCHING = ("--global_batch_size=12", "--per_device_train_batch_size=2")
-LEARNING = ("--num_train_epochs=4", "--learning_rate=2e-3", "--answers_only", "--val_size=6", "--max_seq_length=256")
+LEARNING = ("--num_train_epochs=2", "--learning_rate=2e-3", "--answers_only", "--val_size=6", "--max_seq_length=256")
 
 
 @pytest.fixture(scope="session")
 def tune(tmp_path_factory: pytest.TempPathFactory, tied_model: Path, rows_file: Path) -> Runner:
-    """The command, on 20 steps of the tied model."""
+    """The command, on ten steps of the tied model: two epochs, whose last batch is a small one."""
     data = (f"--model={tied_model}", f"--dataset={rows_file}")
     return Runner(tmp_path_factory.mktemp("runs"), (*data, *BATCHING, *LEARNING))
 
@@ -267,7 +267,7 @@ def ddp_run(tune: Runner, once: Once) -> Ended:
         cwd = tune.folder / "decoys"
         (cwd / "strategies").mkdir(parents=True)
         (cwd / "strategies" / "__init__.py").write_text("raise SystemExit('the decoy was imported')")
-        return tune("--strategy=ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2", cwd=cwd)
+        return tune("--strategy=ddp", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2", cwd=cwd)
 
     return once("ddp_run", run)
 
@@ -275,7 +275,7 @@ def ddp_run(tune: Runner, once: Once) -> Ended:
 @pytest.fixture(scope="session")
 def split_run(tune: Runner, once: Once) -> Ended:
     """An uninterrupted run of model_parallel on two stages, with checkpoints."""
-    options = ("--strategy=model_parallel", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+    options = ("--strategy=model_parallel", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
     return once("split_run", lambda: tune(*options))
 
 

@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
+from click.testing import CliRunner
+
+from parallel_tune import rundir
+from parallel_tune.cli import program
+from parallel_tune.config import make_config
+from parallel_tune.decision import decide, find_hardware
+from parallel_tune.display import summary
+from parallel_tune.launch import launch_spec
+from parallel_tune.report import read as read_report
 
 TIMEOUT_SECONDS = 240
 """Only so that a hang ends; nothing here takes nearly that long."""
+
+IN_TURN = Path(__file__).with_name("trained_in_turn.py")
 
 
 def clean_environment() -> dict[str, str]:
@@ -132,15 +144,37 @@ class Runner:
             shared_output: add an `--output_dir` as well.
             before: a launcher and its options; it runs `-m parallel_tune`.
         """
-        number = len(list(self.folder.iterdir()))
-        place = self.folder / str(number)
-        place.mkdir()
+        place = self._place()
         run = place / "run"
         program = [*before, "-m", "parallel_tune"] if before else [str(Path(sys.executable).with_name("parallel-tune"))]
         shared = [*(self.base if base else ()), *(("--output_dir", str(run)) if base and shared_output else ())]
         if options[:1] == ("resume",):
             run = Path(options[1])
         return Command([*program, *options, *shared], clean_environment() | (env or {}), cwd or place, place, run)
+
+    def in_turn(self, *each: tuple[str, ...]) -> list[Ended]:
+        """Runs with these options on as many processes, which train one after the other: for what is held against
+        another run, where starting, watching and ending is not what is looked at. Options count more than the base;
+        what the last one gives as output is the summary alone."""
+        place = self._place()
+        runs = []
+        for number, options in enumerate(each):
+            given = [*self.base, *options, f"--output_dir={place / str(number)}", "--print_config"]
+            config = make_config(yaml.safe_load(CliRunner().invoke(program, given, catch_exceptions=False).stdout))
+            plan = decide(config, find_hardware(config), with_data=True)[0]
+            runs.append(rundir.create(config, plan))
+        folders = [str(run.path) for run in runs]
+        spec = launch_spec(plan, runs[0], clean_environment(), 1)
+        launcher = spec.argv[: spec.argv.index("parallel_tune.worker") - 1]
+        done = Command([*launcher, str(IN_TURN), *folders], dict(spec.env), place, place, runs[-1].path).wait()
+        assert done.code == 0, f"{done.err}\n{logs(done.run)}"
+        return [Ended(0, summary(read_report(run.report), run.path), "", run.path) for run in runs]
+
+    def _place(self) -> Path:
+        """A new folder for a command and its run."""
+        place = self.folder / str(len(list(self.folder.iterdir())))
+        place.mkdir()
+        return place
 
     def ended(self, *options: str, **how: Any) -> Ended:
         """Run to the end, whatever it is."""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_the_benchmark_runs_small_and_writes_its_figures(tmp_path: Path, tiny_model: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "benchmarks" / "learning.py", f"--model={tiny_model}"]
+def test_the_benchmark_runs_small_and_writes_its_figures(load_benchmark: Any, tmp_path: Path, tiny_model: Path) -> None:
     options = ["--hardware=cpu:1", "--max_steps=2", f"--results={tmp_path}"]
-    subprocess.run([*command, *options], check=True, timeout=400)
+    load_benchmark("learning").main([f"--model={tiny_model}", *options])
     record = json.loads((tmp_path / "learning.cpu-1.json").read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures", "answer_before"} <= record.keys()
     assert [row["way"] for row in record["rows"]] == ["ddp, eager", "ddp", "model_parallel"]

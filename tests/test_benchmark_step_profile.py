@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
-def test_a_step_of_a_real_run_is_counted(load_benchmark: Any, tmp_path: Path) -> None:
+def test_a_step_of_a_real_run_is_counted(load_benchmark: Any, small_model: Path, tmp_path: Path) -> None:
     benchmark = load_benchmark("step_profile")
-    written = benchmark.main(["--small", f"--results={tmp_path}", f"--traces={tmp_path}"])
+    options = ("--small", f"--model={small_model}", f"--traces={tmp_path}")
+    written = benchmark.main([*options, f"--results={tmp_path}"])
     assert written == tmp_path / "step_profile.cpu.json"
     record = json.loads(written.read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()

@@ -1,4 +1,4 @@
-"""Whole runs in lanes, started as users start them: bit for bit what one micro-batch after the other gives."""
+"""Whole runs in lanes: bit for bit what one micro-batch after the other gives."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from started_commands import Runner
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
@@ -64,13 +65,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def base(folder: Path) -> tuple[str, ...]:
+    """Options of all runs."""
+    return (
+        "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), "--engine", "transformers",
+        "--strategy", "model_parallel", "--r", "2", "--max_seq_length", "64", "--global_batch_size", "5",
+        "--per_device_train_batch_size", "1", "--warmup_steps", "0", "--learning_rate", "1e-2",
+    )  # fmt: skip
+
+
 def command(folder: Path, run: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, "-m", "parallel_tune", "--model", str(folder / "model"), "--output_dir", str(run),
-        "--dataset", str(folder / "rows.jsonl"), "--engine", "transformers", "--strategy", "model_parallel", "--r", "2",
-        "--max_seq_length", "64", "--global_batch_size", "5", "--per_device_train_batch_size", "1",
-        "--warmup_steps", "0", "--learning_rate", "1e-2", *options,
-    ]  # fmt: skip
+    return [sys.executable, "-m", "parallel_tune", *base(folder), "--output_dir", str(run), *options]
 
 
 def start(folder: Path, run: Path, *options: str) -> Path:
@@ -97,14 +102,37 @@ def same_weights(left: Path, right: Path) -> bool:
 
 SAVING = ("--hardware", "cpu:2", "--val_size", "3", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "5")
 
+THREE = (
+    "--hardware", "cpu:1", "--stages", "3", "--full_finetuning", "--use_gradient_checkpointing", "full",
+    "--max_steps", "3", "--logging_steps", "2",
+)  # fmt: skip
+DROPOUT = ("--hardware", "cpu:2", "--lora_dropout", "0.3", "--max_steps", "3", "--pipeline", "on")
+FOUR = ("--hardware", "cpu:3", "--stages", "4", "--max_steps", "3")
+RUNS = {
+    "two stages": (*SAVING, "--pipeline", "off"),
+    "two stages, lanes": (*SAVING, "--pipeline", "on"),
+    "three stages": (*THREE, "--pipeline", "off"),
+    "three stages, lanes": (*THREE, "--pipeline", "on", "--lanes", "2"),
+    "dropout, two lanes": (*DROPOUT, "--lanes", "2"),
+    "dropout, four lanes": (*DROPOUT, "--lanes", "4"),
+    "four stages": (*FOUR, "--pipeline", "off"),
+    "four stages, lanes": (*FOUR, "--pipeline", "on", "--lanes", "3"),
+}
+
 
 @pytest.fixture(scope="module")
-def in_lanes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(folder, tmp_path_factory.mktemp("runs") / "on", *SAVING, "--pipeline", "on")
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    ended = Runner(tmp_path_factory.mktemp("runs"), base(folder)).in_turn(*RUNS.values())
+    return {name: each.run for name, each in zip(RUNS, ended, strict=True)}
 
 
-def test_two_stages_give_the_naive_losses_norms_and_weights(folder: Path, in_lanes: Path, tmp_path: Path) -> None:
-    naive = start(folder, tmp_path / "off", *SAVING, "--pipeline", "off")
+@pytest.fixture(scope="module")
+def in_lanes(runs: dict[str, Path]) -> Path:
+    return runs["two stages, lanes"]
+
+
+def test_two_stages_give_the_naive_losses_norms_and_weights(runs: dict[str, Path], in_lanes: Path) -> None:
+    naive = runs["two stages"]
     assert json.loads((naive / "plan.json").read_text())["lanes"] == 1
     assert json.loads((in_lanes / "plan.json").read_text())["lanes"] == 2
     assert len(figures(naive)) > 5
@@ -152,20 +180,15 @@ def test_a_resumed_run_goes_on_with_the_same_bits_in_more_lanes_too(in_lanes: Pa
     assert same_weights(in_lanes, again)
 
 
-def test_three_stages_two_lanes_full_finetuning_checkpoints_and_tied_weights(folder: Path, tmp_path: Path) -> None:
-    options = ("--hardware", "cpu:1", "--stages", "3", "--full_finetuning", "--use_gradient_checkpointing", "full")
-    options = (*options, "--max_steps", "3", "--logging_steps", "2")
-    naive = start(folder, tmp_path / "off", *options, "--pipeline", "off")
-    lanes = start(folder, tmp_path / "on", *options, "--pipeline", "on", "--lanes", "2")
+def test_three_stages_two_lanes_full_finetuning_checkpoints_and_tied_weights(runs: dict[str, Path]) -> None:
+    naive, lanes = runs["three stages"], runs["three stages, lanes"]
     assert len(json.loads((lanes / "plan.json").read_text())["devices"]) == 3
     assert figures(naive) == figures(lanes)
     assert same_weights(naive, lanes)
 
 
-def test_dropout_does_not_depend_on_the_number_of_lanes(folder: Path, tmp_path: Path) -> None:
-    options = ("--hardware", "cpu:2", "--lora_dropout", "0.3", "--max_steps", "3", "--pipeline", "on")
-    two = start(folder, tmp_path / "two", *options, "--lanes", "2")
-    four = start(folder, tmp_path / "four", *options, "--lanes", "4")
+def test_dropout_does_not_depend_on_the_number_of_lanes(runs: dict[str, Path]) -> None:
+    two, four = runs["dropout, two lanes"], runs["dropout, four lanes"]
     assert figures(two) == figures(four)
     assert same_weights(two, four)
 
@@ -225,10 +248,8 @@ def test_a_model_that_cannot_be_cut_says_why_and_trains(folder: Path, tmp_path: 
     assert all(one["end"] <= other["start"] for one, other in pairwise(segments))
 
 
-def test_a_layer_a_stage_and_fewer_lanes_than_stages(folder: Path, tmp_path: Path) -> None:
-    options = ("--hardware", "cpu:3", "--stages", "4", "--max_steps", "3")
-    naive = start(folder, tmp_path / "off", *options, "--pipeline", "off")
-    lanes = start(folder, tmp_path / "on", *options, "--pipeline", "on", "--lanes", "3")
+def test_a_layer_a_stage_and_fewer_lanes_than_stages(runs: dict[str, Path]) -> None:
+    naive, lanes = runs["four stages"], runs["four stages, lanes"]
     plan = json.loads((lanes / "plan.json").read_text())
     assert ([device["layers"] for device in plan["devices"]], plan["lanes"]) == ([[i, i] for i in range(4)], 3)
     assert figures(naive) == figures(lanes)

@@ -77,7 +77,7 @@ def measure(
         sides = {side: f"{side}-{engine}-{turn}" for side in ("bare", "ours")}
         if all(map(has, sides.values())):
             continue
-        if turn == 0:
+        if turn == 0 and not options.small:
             # Once, so that the first to run does not read the libraries from the disk for the second one.
             say(f"{engine}: libraries are read")
             libraries = f"import {'unsloth, ' * (engine == 'unsloth')}trl, peft, datasets"

@@ -48,6 +48,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # asks a tensor for its device, many times an operation
+            return result
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf)

@@ -46,14 +46,16 @@ class TrainingStep:
         self.stored_bytes = 0
 
     def peaks_bytes(self) -> dict[str, int]:
-        """Peaks of the second step: the first one makes the optimizer's states."""
+        """Peaks of a step that finds the optimizer's states there, as all but the first one do."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         for module in self.model.modules():
             tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
         with self.tracker:
             self.tracker.count(tensors)
             self._mark_phases()
-            self.take()
+            for parameter in self.trainable:
+                parameter.grad = torch.zeros_like(parameter)
+            self._update()
             self.tracker.reset()
             self.take()
         return dict(self.tracker.peaks_bytes)
@@ -82,6 +84,9 @@ class TrainingStep:
         for _ in range(micro_steps):
             self.tracker.enter_phase("forward")
             self._micro_step()
+        self._update()
+
+    def _update(self) -> None:
         self.tracker.enter_phase("optimizer")
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()

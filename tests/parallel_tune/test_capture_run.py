@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from parallel_tune.unneeded import QUANTIZERS, leave_out
 from strategies.ddp import DDP
 from strategies.replay import Replay
 from strategies.sessions import ReplicaSession, open_replica
@@ -47,6 +48,7 @@ class RecordedDDP(DDP):
         return replace(super().plan(workload, hardware, estimate), captured=True)
 
     def open(self, plan, timeout_seconds):
+        leave_out(QUANTIZERS)
         open_replica(plan, timeout_seconds)
         return RecordedReplica(plan)
 """
@@ -62,7 +64,7 @@ def recorded(package: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="module")
 def on_two(tune: Any, recorded: dict[str, str]) -> Any:
     """A run of two processes, with checkpoints."""
-    return tune("--strategy=recorded_ddp", "--hardware=cpu:2", "--save_steps=8", env=recorded)
+    return tune("--strategy=recorded_ddp", "--hardware=cpu:2", "--save_steps=4", env=recorded)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -86,9 +88,9 @@ def test_a_recorded_run_is_resumed(
     tune: Any, recorded: dict[str, str], on_two: Any, ddp_run: Any, tmp_path: Path
 ) -> None:
     run = shutil.copytree(on_two.run, tmp_path / "run")
-    for name in ("adapter", "checkpoint-20"):
+    for name in ("adapter", "checkpoint-10"):
         shutil.rmtree(run / name)
     resumed = tune("resume", str(run), base=False, env=recorded)
-    assert "resuming from checkpoint-16" in resumed.out
+    assert "resuming from checkpoint-8" in resumed.out
     assert resumed.losses[-1] == pytest.approx(ddp_run.losses[-1], rel=1e-5)
     assert (resumed.run / "adapter" / "adapter_model.safetensors").exists()

@@ -22,6 +22,7 @@ import os
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from parallel_tune.unneeded import QUANTIZERS, leave_out
 from strategies.ddp import DDP
 from strategies.sessions import ReplicaSession, open_replica
 
@@ -42,6 +43,7 @@ class LookedAt(DDP):
     auto_order = 140
 
     def open(self, plan, timeout_seconds):
+        leave_out(QUANTIZERS)
         open_replica(plan, timeout_seconds)
         return Looking(plan)
 """

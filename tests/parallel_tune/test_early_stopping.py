@@ -42,27 +42,38 @@ def alone(run_it: Any) -> Any:
     return run_it(*LAYOUTS["one"], *EVALUATE, *STEADY, "--save_total_limit=1")
 
 
+@pytest.fixture(scope="module")
+def stopped(run_it: Any, alone: Any) -> dict[str, Any]:
+    """Runs of one process that stopped early: by the layout, below a threshold, and of all weights."""
+    split = (*LAYOUTS["split"], *EVALUATE, *STEADY, "--save_total_limit=1")
+    threshold = ("--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100", "--save_steps=3")
+    threshold = (*LAYOUTS["one"], *threshold, "--learning_rate=1e-4", "--num_train_epochs=8")
+    whole = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
+    whole = (*LAYOUTS["split"], *whole, RATE, "--num_train_epochs=8", "--warmup_steps=0")
+    in_turn = run_it.in_turn(split, threshold, whole)
+    return {"one": alone, **dict(zip(("split", "threshold", "all weights"), in_turn, strict=True))}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_kept(
-    layout: str, run_it: Any, alone: Any
+    layout: str, run_it: Any, stopped: dict[str, Any]
 ) -> None:
-    run = alone if layout == "one" else run_it(*LAYOUTS[layout], *EVALUATE, *STEADY, "--save_total_limit=1")
-    losses, stopped = held_out(run.run), run.report["stopped_early_at_step"]
+    run = stopped.get(layout) or run_it(*LAYOUTS[layout], *EVALUATE, *STEADY, "--save_total_limit=1")
+    losses, end = held_out(run.run), run.report["stopped_early_at_step"]
     during = {step: loss for step, loss in losses.items() if step > 0}
     best = min(during, key=lambda step: during[step])
-    assert during[stopped] > during[best]
-    assert run.report["steps"] == stopped == best + 4 < 40
+    assert during[end] > during[best]
+    assert run.report["steps"] == end == best + 4 < 40
     assert run.report["best_step"] == best
     assert run.report["held_out_loss_after"] == pytest.approx(during[best], rel=1e-5)
     assert sorted(path.name for path in run.run.glob("checkpoint-*")) == [f"checkpoint-{best}"]
-    assert f"stopped early after step {stopped}" in run.out
+    assert f"stopped early after step {end}" in run.out
     saved = (run.run / "adapter" / "adapter_model.safetensors").read_bytes()
     assert saved == (run.run / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
 
 
-def test_progress_below_the_threshold_is_none(run_it: Any) -> None:
-    options = (*LAYOUTS["one"], "--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100")
-    run = run_it(*options, "--learning_rate=1e-4", "--num_train_epochs=8", "--save_steps=3")
+def test_progress_below_the_threshold_is_none(stopped: dict[str, Any]) -> None:
+    run = stopped["threshold"]
     # The first evaluation is progress from nothing; the second is not enough.
     assert run.report["stopped_early_at_step"] == 4
     assert "best_step" not in run.report
@@ -117,10 +128,9 @@ def test_only_old_complete_checkpoints_go(keep: int | None, best: int | None, le
     assert names == sorted(["checkpoint-1", "checkpoint-mine", *(f"checkpoint-{step}" for step in left)])
 
 
-def test_the_best_of_all_weights_are_kept_too(run_it: Any) -> None:
+def test_the_best_of_all_weights_are_kept_too(stopped: dict[str, Any]) -> None:
     """Head and embedding are one weight here, on two devices."""
-    options = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
-    run = run_it(*LAYOUTS["split"], *options, RATE, "--num_train_epochs=8", "--warmup_steps=0")
+    run = stopped["all weights"]
     best = run.report["best_step"]
     assert best < run.report["steps"]
     assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)

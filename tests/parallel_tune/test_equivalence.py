@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from parallel_tune.data import EncodedRow
 
-GLOBAL_BATCH, EPOCHS, SEED, RATE, WARMUP = 12, 4, 3407, 2e-3, 5
-STEPS = 20
+GLOBAL_BATCH, SEED, RATE, WARMUP = 12, 3407, 2e-3, 5
+STEPS, SHARED_STEPS = 20, 10
+EPOCHS, SHARED_EPOCHS = 4, 2
+"""Of the layouts' runs, and of those that other tests share."""
+
 TOLERANCE = 1e-5
 
 Rows = list[EncodedRow]
@@ -39,10 +41,10 @@ def rows(tied_model: Path, rows_file: Path) -> tuple[Rows, Rows]:
     return list(train), list(held_out)
 
 
-def sample_ids() -> list[list[int]]:
+def sample_ids(epochs: int) -> list[list[int]]:
     """Sample ids of each step, by the documented order."""
     steps = []
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         order = list(range(53))
         random.Random(f"{SEED}:{epoch}").shuffle(order)
         steps += [order[start : start + GLOBAL_BATCH] for start in range(0, 53, GLOBAL_BATCH)]
@@ -63,14 +65,15 @@ def mean_loss(model: Any, rows: Rows) -> float:
         return float(sum(loss_sum(model, row) for row in rows)) / num_targets(rows)
 
 
-def reference(model: Any, rows: Rows) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of 20 steps: AdamW, linear warm-up and decay, clipping at 1."""
+def reference(model: Any, rows: Rows, epochs: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms: AdamW, linear warm-up and decay, clipping at 1."""
     model.train()
+    order = sample_ids(epochs)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     losses, norms = [], []
-    for step, ids in enumerate(sample_ids()):
-        rate = step / WARMUP if step < WARMUP else (STEPS - step) / (STEPS - WARMUP)
+    for step, ids in enumerate(order):
+        rate = step / WARMUP if step < WARMUP else (len(order) - step) / (len(order) - WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = RATE * rate
         batch = [rows[number] for number in ids]
@@ -88,6 +91,12 @@ def reference(model: Any, rows: Rows) -> tuple[list[float], list[float]]:
 @pytest.fixture(scope="session")
 def adapted(tied_model: Path, rows: tuple[Rows, Rows]) -> tuple[list[float], list[float], float]:
     """The reference with adapters: losses, gradient norms, and the held-out loss afterwards."""
+    return reference_with_adapters(tied_model, rows, EPOCHS)
+
+
+def reference_with_adapters(
+    tied_model: Path, rows: tuple[Rows, Rows], epochs: int
+) -> tuple[list[float], list[float], float]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -95,57 +104,71 @@ def adapted(tied_model: Path, rows: tuple[Rows, Rows]) -> tuple[list[float], lis
     set_seed(3407)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
-    return *reference(model, rows[0]), mean_loss(model, rows[1])
+    return *reference(model, rows[0], epochs), mean_loss(model, rows[1])
 
 
 def test_the_rows_are_hard(rows: tuple[Rows, Rows]) -> None:
     lengths = [len(row["input_ids"]) for row in rows[0]]
     assert len(lengths) == 53
     assert max(lengths) > 10 * min(lengths) > 0
-    assert [len(ids) for ids in sample_ids()] == [12, 12, 12, 12, 5] * EPOCHS
+    assert [len(ids) for ids in sample_ids(EPOCHS)] == [12, 12, 12, 12, 5] * EPOCHS
 
 
 FUSED = "--cross_entropy=fused"
 LAYOUTS = {
-    "single process": ("single_run", ()),
-    "ddp on 2": ("ddp_run", ()),
-    "ddp on 3": (None, ("--strategy=ddp", "--hardware=cpu:3")),
-    "model_parallel on 2": ("split_run", ()),
-    "model_parallel on 3": (None, ("--strategy=model_parallel", "--hardware=cpu:3")),
-    "padded ddp on 2": (None, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "padded, three rows": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
-    "ddp on 2, a row": (None, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
-    "all rows at once": (None, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "single process": (1, ("--hardware=cpu:1",)),
+    "ddp on 2": (2, ("--strategy=ddp", "--hardware=cpu:2")),
+    "ddp on 3": (3, ("--strategy=ddp", "--hardware=cpu:3")),
+    "model_parallel on 2": (1, ("--strategy=model_parallel", "--hardware=cpu:2")),
+    "model_parallel on 3": (1, ("--strategy=model_parallel", "--hardware=cpu:3")),
+    "padded ddp on 2": (2, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "padded, three rows": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
+    "ddp on 2, a row": (2, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
+    "all rows at once": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
     "lanes, three rows": (
-        None,
+        1,
         ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on", "--per_device_train_batch_size=3"),
     ),
-    "fused loss": (None, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
-    "fused loss, padded ddp on 2": (None, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "fused loss, model_parallel on 3": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
-    "fused loss, lanes": (None, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
+    "fused loss": (1, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
+    "fused loss, padded ddp on 2": (2, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
+    "fused loss, model_parallel on 3": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
+    "fused loss, lanes": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
 }
+"""A number of processes, which train all layouts of that number in turn, and options."""
+
+
+@pytest.fixture(scope="module")
+def layout_run(tune: Any) -> Callable[[str], Any]:
+    """Gives the run of a layout."""
+    runs: dict[str, Any] = {}
+
+    def give(layout: str) -> Any:
+        if layout not in runs:
+            processes, _ = LAYOUTS[layout]
+            alike = {name: options for name, (others, options) in LAYOUTS.items() if others == processes}
+            long = f"--num_train_epochs={EPOCHS}"
+            runs.update(zip(alike, tune.in_turn(*((long, *options) for options in alike.values())), strict=True))
+        return runs[layout]
+
+    return give
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_the_references(
     layout: str,
-    request: pytest.FixtureRequest,
-    tune: Any,
+    layout_run: Callable[[str], Any],
     adapted: tuple[list[float], list[float], float],
     rows: tuple[Rows, Rows],
 ) -> None:
-    fixture, options = LAYOUTS[layout]
-    if any(option.startswith("--per_device_train_batch_size") for option in options):
-        tune = replace(tune, base=tuple(option for option in tune.base if "per_device" not in option))
-    run = request.getfixturevalue(fixture) if fixture else tune(*options)
+    _, options = LAYOUTS[layout]
+    run = layout_run(layout)
     losses, norms, held_out = adapted
     assert [row["step"] for row in run.metrics] == list(range(1, STEPS + 1))
     assert run.losses == pytest.approx(losses, rel=TOLERANCE)
     assert losses[-1] < losses[0] - 0.1
     assert [row["grad_norm"] for row in run.metrics] == pytest.approx(norms, rel=1e-4)
-    assert [row["samples"] for row in run.metrics] == [len(ids) for ids in sample_ids()]
-    tokens = [sum(len(rows[0][number]["input_ids"]) for number in ids) for ids in sample_ids()]
+    assert [row["samples"] for row in run.metrics] == [len(ids) for ids in sample_ids(EPOCHS)]
+    tokens = [sum(len(rows[0][number]["input_ids"]) for number in ids) for ids in sample_ids(EPOCHS)]
     assert [row["tokens"] for row in run.metrics] == tokens
     assert run.report["held_out_loss_after"] == pytest.approx(held_out, rel=TOLERANCE)
     assert run.report["padding_free"] == ("--padding_free=off" not in options)
@@ -153,6 +176,21 @@ def test_losses_are_the_references(
     assert ("the loss is computed chunk by chunk" in log) == (FUSED in options)
     assert (run.report["samples"], run.report["steps"]) == (53 * EPOCHS, STEPS)
     assert run.plan["processes"] * run.plan["micro_batch"] * run.plan["gradient_accumulation_steps"] == 12
+
+
+@pytest.fixture(scope="module")
+def shared(tied_model: Path, rows: tuple[Rows, Rows]) -> list[float]:
+    """The reference's losses for the runs that other tests share."""
+    return reference_with_adapters(tied_model, rows, SHARED_EPOCHS)[0]
+
+
+@pytest.mark.parametrize("fixture", ["single_run", "ddp_run", "split_run"])
+def test_the_commands_losses_are_the_references(
+    fixture: str, request: pytest.FixtureRequest, shared: list[float]
+) -> None:
+    run = request.getfixturevalue(fixture)
+    assert len(run.losses) == SHARED_STEPS
+    assert run.losses == pytest.approx(shared, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("fixture", ["ddp_run", "split_run"])
@@ -171,18 +209,32 @@ def test_the_adapter_gives_the_same_loss_in_plain_peft(
     assert run.report["held_out_loss_after"] < before
 
 
-@pytest.mark.parametrize(
-    "options", [(), (FUSED,), (FUSED, "--pipeline=on")], ids=["plain loss", "fused loss", "fused loss, lanes"]
-)
+TIED = {"plain loss": (), "fused loss": (FUSED,), "fused loss, lanes": (FUSED, "--pipeline=on")}
+
+
+@pytest.fixture(scope="module")
+def tied_runs(tune: Any) -> dict[str, Any]:
+    """Runs that train all weights of the tied model, split in three."""
+    split = ("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0")
+    return dict(zip(TIED, tune.in_turn(*((*split, *options) for options in TIED.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def tied_losses(tied_model: Path, rows: tuple[Rows, Rows]) -> list[float]:
+    """The losses of the reference that trains all weights."""
+    from transformers import AutoModelForCausalLM
+
+    return reference(AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32), rows[0], SHARED_EPOCHS)[0]
+
+
+@pytest.mark.parametrize("loss", TIED)
 def test_all_weights_of_a_tied_model_train_alike_in_a_split(
-    options: tuple[str, ...], tune: Any, tied_model: Path, rows: tuple[Rows, Rows]
+    loss: str, tied_runs: dict[str, Any], tied_losses: list[float], rows: tuple[Rows, Rows]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    run = tune("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0", *options)
-    model = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
-    losses, _ = reference(model, rows[0])
-    assert run.losses[:5] == pytest.approx(losses[:5], rel=1e-4)
+    run = tied_runs[loss]
+    assert run.losses[:5] == pytest.approx(tied_losses[:5], rel=1e-4)
     saved = AutoModelForCausalLM.from_pretrained(run.run / "model", dtype=torch.float32)
     assert mean_loss(saved, rows[1]) == pytest.approx(run.report["held_out_loss_after"], rel=1e-6)
 
@@ -190,7 +242,7 @@ def test_all_weights_of_a_tied_model_train_alike_in_a_split(
 def fed(notes: list[dict[str, Any]], micro_batches: int) -> list[list[list[int]]]:
     """The rows of each step, over all ranks, sorted; passes without weight left out."""
     steps = []
-    for step in range(STEPS):
+    for step in range(SHARED_STEPS):
         passes = [seen["passes"][step * micro_batches : (step + 1) * micro_batches] for seen in notes]
         steps.append(sorted(row for rank in passes for one in rank for row in one if set(row) != {2}))
     return steps
@@ -214,13 +266,15 @@ def test_what_a_third_party_saw(
     assert run.losses == request.getfixturevalue(like).losses
     notes = read_notes(Path(noting["NOTES"]))
     assert len(notes) == run.plan["processes"]
-    assert [len(seen["passes"]) for seen in notes] == [STEPS * micro_batches] * len(notes)
-    assert fed(notes, micro_batches) == [sorted(rows[0][number]["input_ids"] for number in ids) for ids in sample_ids()]
+    assert [len(seen["passes"]) for seen in notes] == [SHARED_STEPS * micro_batches] * len(notes)
+    assert fed(notes, micro_batches) == [
+        sorted(rows[0][number]["input_ids"] for number in ids) for ids in sample_ids(SHARED_EPOCHS)
+    ]
     assert len({seen["weights"] for seen in notes}) == 1
     if strategy == "noted_split":
         # One cut: once forward and once backward for each micro-batch; the held-out rows cross it forward only.
         evaluation = 2 * 2
         # Three rows alone, then together: the check that the model keeps them apart.
         evaluation += 3 + 1
-        passes = STEPS * micro_batches
+        passes = SHARED_STEPS * micro_batches
         assert notes[0]["crossings"] == [{"forward": passes + evaluation, "backward": passes}]

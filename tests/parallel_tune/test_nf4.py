@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,26 @@ from parallel_tune.config import make_config
 from parallel_tune.decision import decide, find_hardware
 from strategies.errors import ConfigError
 
+NF4 = ("--load_in_4bit", "--hardware=cpu:2", "--max_steps=8")
 
-def test_nf4_trains_alike_under_both_strategies(tune: Any, single_run: Any) -> None:
-    nf4 = ("--load_in_4bit", "--hardware=cpu:2", "--max_steps=8", "--learning_rate=1e-2")
-    ddp = tune(*nf4, "--strategy=ddp")
-    split = tune(*nf4, "--strategy=model_parallel")
+
+@pytest.fixture(scope="module")
+def split_runs(tune: Any, quantised_model: Path) -> dict[str, Any]:
+    """Runs of model_parallel: one to hold against ddp, and a short one of each engine and origin of the weights."""
+    options = {"nf4": (*NF4, "--strategy=model_parallel")}
+    for engine in ("transformers", "unsloth"):
+        short = (f"--engine={engine}", "--hardware=cpu:2", "--strategy=model_parallel", "--max_steps=3")
+        options |= {f"{engine} loads": (*short, "--load_in_4bit")}
+        options |= {f"{engine} saved": (*short, f"--model={quantised_model}")}
+    names = sorted(options, key=lambda name: name.startswith("unsloth"))
+    runs = {}
+    for alike in (names[:3], names[3:]):  # Unsloth changes what is imported after it
+        runs |= zip(alike, tune.in_turn(*(options[name] for name in alike)), strict=True)
+    return runs
+
+
+def test_nf4_trains_alike_under_both_strategies(tune: Any, split_runs: dict[str, Any], single_run: Any) -> None:
+    ddp, split = tune(*NF4, "--strategy=ddp"), split_runs["nf4"]
     assert len(ddp.losses) == len(split.losses) == 8
     assert split.losses == pytest.approx(ddp.losses, rel=1e-4)
     assert ddp.losses[-1] < ddp.losses[0] - 0.1
@@ -45,12 +59,9 @@ def quantised_model(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
 def test_a_model_saved_in_nf4_trains_as_one_that_is_quantised_while_it_loads(
-    engine: str, tune: Any, quantised_model: Path
+    engine: str, split_runs: dict[str, Any]
 ) -> None:
-    options = (f"--engine={engine}", "--hardware=cpu:2", "--strategy=model_parallel", "--max_steps=3")
-    while_loading = tune(*options, "--load_in_4bit")
-    others = tuple(option for option in tune.base if not option.startswith("--model="))
-    saved = replace(tune, base=(*others, f"--model={quantised_model}"))(*options)
+    while_loading, saved = split_runs[f"{engine} loads"], split_runs[f"{engine} saved"]
     assert len(saved.losses) == 3
     assert saved.losses == pytest.approx(while_loading.losses, rel=1e-4)
 

@@ -35,14 +35,41 @@ def run_it(tune: Any, tied_model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def many(run_it: Any, text_file: Path) -> Any:
-    """A run on raw text whose options are nearly all not the defaults."""
-    return run_it(
+def biased(rows_file: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options of a run with DoRA that trains all biases, on a Qwen2, whose attention has some."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = tmp_path_factory.mktemp("models") / "qwen"
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    shape = {"vocab_size": len(tiny_tokenizer), "hidden_size": 64, "intermediate_size": 96, **heads}
+    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    return (
+        f"--model={model}", f"--dataset={rows_file}", "--max_seq_length=64", "--global_batch_size=8", "--max_steps=4",
+        "--hardware=cpu:2", "--use_dora", "--bias=all", "--target_modules=all", "--learning_rate=1e-2",
+        "--warmup_steps=0",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def replicated(run_it: Any, text_file: Path, biased: tuple[str, ...]) -> tuple[Any, Any]:
+    """A run on raw text whose options are nearly all not the defaults, and the one that trains biases."""
+    many = (
         *ADAPTER, *SCHEDULE, *ADAMW, *WHEN, "--target_modules", "q_proj", "v_proj", f"--learning_rate={RATE}",
         f"--raw_text_file={text_file}", "--answers_only", "false", "--chunk_size=32",
         "--stride=8", "--max_rows=20", "--val_size=0.2", "--per_device_eval_batch_size=3", "--global_batch_size=4",
         "--num_train_epochs=3", "--run_name=my-own-name", "--report_to=all", "--hardware=cpu:2", "--strategy=ddp",
     )  # fmt: skip
+    first, second = run_it.in_turn(many, (*biased, "--strategy=ddp"))
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def many(replicated: tuple[Any, Any]) -> Any:
+    """The run on raw text."""
+    return replicated[0]
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +167,24 @@ def sgd(rows_file: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def moved(run_it: Any, sgd: tuple[str, ...]) -> Any:
-    """A run without clipping, by another seed, that logs seldom."""
-    seeds = ("--seed=1", "--random_state=2")
-    return run_it(*sgd, "--max_grad_norm=0", *seeds, "--logging_steps=100", "--save_steps=3")
+def alone(run_it: Any, sgd: tuple[str, ...], biased: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """Runs of one process: clipped to nearly nothing; not clipped, by another seed, logging seldom; and in lanes."""
+    moved = ("--max_grad_norm=0", "--seed=1", "--random_state=2", "--logging_steps=100", "--save_steps=3")
+    lanes = (*biased, "--strategy=model_parallel", "--pipeline=on")
+    first, second, third = run_it.in_turn((*sgd, "--max_grad_norm=1e-7", "--save_steps=0.6"), (*sgd, *moved), lanes)
+    return first, second, third
+
+
+@pytest.fixture(scope="module")
+def moved(alone: tuple[Any, Any, Any]) -> Any:
+    """The run without clipping."""
+    return alone[1]
 
 
 def test_without_clipping_nothing_stops_sgd_and_with_it_nothing_moves(
-    run_it: Any, sgd: tuple[str, ...], moved: Any
+    alone: tuple[Any, Any, Any],
 ) -> None:
-    still = run_it(*sgd, "--max_grad_norm=1e-7", "--save_steps=0.6")
+    still, moved, _ = alone
     change = [run.report["held_out_loss_after"] - run.report["held_out_loss_before"] for run in (still, moved)]
     assert abs(change[0]) < 1e-6 < 1e-4 < abs(change[1])
     # A share of the steps, and an optimizer without moments.
@@ -171,29 +206,12 @@ def first_weights(run: Any) -> list[float]:
 
 
 def test_dora_and_biases_train_alike_in_replicas_and_in_lanes(
-    run_it: Any, rows_file: Path, tiny_tokenizer: Any, tmp_path: Path
+    replicated: tuple[Any, Any], alone: tuple[Any, Any, Any]
 ) -> None:
-    """On a Qwen2, whose attention has biases."""
     import torch
     from safetensors.torch import load_file
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    shape = {"vocab_size": len(tiny_tokenizer), "hidden_size": 64, "intermediate_size": 96, **heads}
-    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(tmp_path / "qwen")
-    tiny_tokenizer.save_pretrained(tmp_path / "qwen")
-    base = (
-        f"--dataset={rows_file}",
-        "--max_seq_length=64",
-        "--global_batch_size=8",
-        "--max_steps=4",
-        "--hardware=cpu:2",
-    )
-    options = (*base, "--use_dora", "--bias=all", "--target_modules=all", "--learning_rate=1e-2", "--warmup_steps=0")
-    runner = type(run_it)(run_it.folder, (f"--model={tmp_path / 'qwen'}",))
-    replicas = runner(*options, "--strategy=ddp")
-    lanes = runner(*options, "--strategy=model_parallel", "--pipeline=on")
+    replicas, lanes = replicated[1], alone[2]
     assert lanes.losses == pytest.approx(replicas.losses, rel=1e-5)
     adapters = [load_file(run.run / "adapter" / "adapter_model.safetensors") for run in (replicas, lanes)]
     biases = [name for name in adapters[0] if name.endswith("q_proj.base_layer.bias")]

@@ -152,15 +152,14 @@ def blocked(tune: Any, name: str, *taken: str) -> Path:
     return run
 
 
-def start(tune: Any, run: Path, *options: str, **how: Any) -> Command:
-    command: Command = tune.start(
-        *tune.base, f"--output_dir={run}", *options, base=False, env={"XDG_CACHE_HOME": str(run.parent)}, **how
-    )
+def start(tune: Any, run: Path, *options: str, env: dict[str, str] | None = None, **how: Any) -> Command:
+    environment = {**(env or {}), "XDG_CACHE_HOME": str(run.parent)}
+    command: Command = tune.start(*tune.base, f"--output_dir={run}", *options, base=False, env=environment, **how)
     command.run = run
     return command
 
 
-def follow_the_hint(ended: Ended) -> None:
+def follow_the_hint(ended: Ended, env: dict[str, str] | None = None) -> None:
     """Run the commands that the error names."""
     hint = re.search(r"Make room, then (.*)", ended.err)
     assert hint is not None
@@ -169,7 +168,7 @@ def follow_the_hint(ended: Ended) -> None:
         if command[0] == "parallel-tune":
             command = [sys.executable, "-m", *command]
             command[2] = "parallel_tune"
-        subprocess.run(command, check=True, timeout=240, env=clean_environment())
+        subprocess.run(command, check=True, timeout=240, env=clean_environment() | (env or {}))
 
 
 @pytest.mark.parametrize("options", [DDP, SPLIT], ids=["ddp", "split"])
@@ -202,23 +201,24 @@ def test_a_rank_under_torchrun_says_where_the_result_lies(tune: Any) -> None:
     assert load_file(Path(where[1]) / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("options", [DDP, SPLIT], ids=["ddp", "split"])
+@pytest.mark.parametrize(("strategy", "whole"), [("noted_ddp", "ddp_run"), ("noted_split", "split_run")])
 def test_a_last_checkpoint_that_its_run_cannot_take_lies_elsewhere(
-    options: tuple[str, ...], tune: Any, ddp_run: Ended, split_run: Ended, request: Any
+    strategy: str, whole: str, tune: Any, noting: dict[str, str], tmp_path: Path, request: Any
 ) -> None:
-    run = blocked(tune, f"stopped-{request.node.callspec.id}", *(f"checkpoint-{step}" for step in range(1, 21)))
-    command = start(tune, run, *options)
-    command.wait_for(run / "metrics.jsonl")
+    run = blocked(tune, f"stopped-{strategy}", *(f"checkpoint-{step}" for step in range(1, 11)))
+    command = start(tune, run, f"--strategy={strategy}", "--hardware=cpu:2", env=noting | {"FAULT": "hold:0:8"})
+    command.wait_for(tmp_path / "held")
     command.send(signal.SIGTERM)
+    command.wait_for_word("stopping after this step")
+    (tmp_path / "go").touch()
     ended = command.wait()
     assert ended.code == 1
     assert re.search(r"stopped by a signal after step .* so checkpoint-\d+ lies in ", ended.err)
     for link in run.glob("checkpoint-*"):
         link.unlink()
-    follow_the_hint(ended)
-    whole = ddp_run if options == DDP else split_run
-    assert ended.losses == pytest.approx(whole.losses, abs=1e-5)
-    assert ended.report["steps"] == 20
+    follow_the_hint(ended, noting)
+    assert ended.losses == pytest.approx(request.getfixturevalue(whole).losses, abs=1e-5)
+    assert ended.report["steps"] == 10
 
 
 @pytest.mark.parametrize("options", [DDP, SPLIT], ids=["ddp", "split"])
@@ -269,7 +269,7 @@ def test_a_run_whose_disk_fills_up_goes_on_and_its_result_lies_elsewhere(
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = start(tune, disk / "run", *options, before=small_disk(disk))
+    command = start(tune, disk / "run", *options, "--num_train_epochs=4", before=small_disk(disk))
     inside = Path(f"/proc/{command.process.pid}/root{disk}")
     command.wait_for(inside / "run" / "metrics.jsonl")
     with (inside / "filling").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
-SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=4", "--save_total_limit=2")
+DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
+SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
 DDP_PASSES, SPLIT_PASSES = 3, 6
 """Forward passes of one rank in a step."""
 
@@ -46,7 +46,7 @@ def resumed_losses(run: Any) -> dict[int, float]:
 
 def test_checkpoints_are_kept_as_many_as_asked(ddp_run: Any, split_run: Any) -> None:
     for run in (ddp_run, split_run):
-        assert checkpoints(run.run) == ["checkpoint-16", "checkpoint-20"]
+        assert checkpoints(run.run) == ["checkpoint-10", "checkpoint-8"]
         assert not list(run.run.rglob("training_args.bin"))
 
 
@@ -72,27 +72,27 @@ def test_a_folder_that_is_no_run_is_not_resumed(tune: Any, tmp_path: Path) -> No
 def test_killing_the_parent_ends_all_and_a_torn_checkpoint_is_passed_over(
     tune: Any, noting: dict[str, str], alive: Alive, ddp_run: Any, tmp_path: Path
 ) -> None:
-    command = tune.start(*DDP, env=noting | {"FAULT": f"hold:1:{10 * DDP_PASSES + 2}"})
+    command = tune.start(*DDP, env=noting | {"FAULT": f"hold:1:{5 * DDP_PASSES + 2}"})
     command.wait_for(tmp_path / "held")
     command.send(signal.SIGKILL)
     killed = command.wait()
     assert killed.code == -signal.SIGKILL
     wait_until_none(alive, killed.run)
-    assert checkpoints(killed.run) == ["checkpoint-4", "checkpoint-8"]
-    torn = killed.run / "checkpoint-8" / "optimizer.pt"
+    assert checkpoints(killed.run) == ["checkpoint-2", "checkpoint-4"]
+    torn = killed.run / "checkpoint-4" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
     with (killed.run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "lo')  # a row that the kill tore
+        file.write('{"step": 6, "lo')  # a row that the kill tore
     resumed = tune("resume", str(killed.run), base=False, env=noting, cwd=tmp_path)
-    assert "resuming from checkpoint-4" in resumed.out
-    rows = [line for line in (killed.run / "metrics.jsonl").read_text().splitlines() if line != '{"step": 11, "lo']
+    assert "resuming from checkpoint-2" in resumed.out
+    rows = [line for line in (killed.run / "metrics.jsonl").read_text().splitlines() if line != '{"step": 6, "lo']
     (killed.run / "metrics.jsonl").write_text("\n".join(rows))
     losses = resumed_losses(resumed)
-    assert list(losses) == list(range(1, 21))
+    assert list(losses) == list(range(1, 11))
     assert list(losses.values()) == pytest.approx(ddp_run.losses, rel=1e-6)
     assert resumed.report["held_out_loss_after"] == pytest.approx(ddp_run.report["held_out_loss_after"], rel=1e-6)
-    assert (resumed.report["samples"], resumed.report["tokens"]) == (212, ddp_run.report["tokens"])
-    assert checkpoints(killed.run) == ["checkpoint-16", "checkpoint-20"]
+    assert (resumed.report["samples"], resumed.report["tokens"]) == (106, ddp_run.report["tokens"])
+    assert checkpoints(killed.run) == ["checkpoint-10", "checkpoint-8"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_signal_stops_in_order_and_the_run_goes_on(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    command = tune.start(*options, env=noting | {"FAULT": f"hold:0:{10 * passes + 1}"})
+    command = tune.start(*options, env=noting | {"FAULT": f"hold:0:{6 * passes + 1}"})
     command.wait_for(tmp_path / "held")
     for number in signals:
         command.send(number)
@@ -124,9 +124,9 @@ def test_a_signal_stops_in_order_and_the_run_goes_on(
     stopped = command.wait()
     assert stopped.code == 75, stopped.err
     message, hint = stopped.err.splitlines()[-2:]
-    assert "stopped by a signal after step 11 of 20; checkpoint-11 is on disk" in message
+    assert "stopped by a signal after step 7 of 10; checkpoint-7 is on disk" in message
     assert f"parallel-tune resume {stopped.run}" in hint
-    assert checkpoints(stopped.run) == ["checkpoint-11", "checkpoint-8"]
+    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
     assert not alive(stopped.run)
     resumed = tune("resume", str(stopped.run), base=False, env=noting)
     losses = resumed_losses(resumed)
@@ -136,13 +136,13 @@ def test_a_signal_stops_in_order_and_the_run_goes_on(
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, split_run: Any, tmp_path: Path) -> None:
     run = unfinished_copy(split_run.run, tmp_path / "copy")
-    file = run / "checkpoint-20" / "adapter_model.safetensors"
+    file = run / "checkpoint-10" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(content)
     resumed = tune("resume", str(run), base=False)
-    assert "checkpoint-20 is passed over: adapter_model.safetensors is not what was written" in resumed.err
-    assert "resuming from checkpoint-16" in resumed.out
+    assert "checkpoint-10 is passed over: adapter_model.safetensors is not what was written" in resumed.err
+    assert "resuming from checkpoint-8" in resumed.out
     assert weights(run) == pytest.approx(weights(split_run.run), rel=1e-5, abs=1e-7)
 
 
@@ -150,9 +150,9 @@ def test_nothing_is_trained_after_the_last_step(tune: Any, split_run: Any, tmp_p
     """The result was lost after the last checkpoint."""
     run = unfinished_copy(split_run.run, tmp_path / "copy")
     resumed = tune("resume", str(run), base=False)
-    assert "resuming from checkpoint-20" in resumed.out
-    assert [row["step"] for row in resumed.metrics if "loss" in row][-1] == 20
-    assert resumed.report["steps"] == 20 and resumed.report["tokens"] == split_run.report["tokens"]
+    assert "resuming from checkpoint-10" in resumed.out
+    assert [row["step"] for row in resumed.metrics if "loss" in row][-1] == 10
+    assert resumed.report["steps"] == 10 and resumed.report["tokens"] == split_run.report["tokens"]
     assert weights(run) == weights(split_run.run)
 
 
@@ -186,12 +186,12 @@ def test_a_second_signal_ends_all_at_once(
 
 
 def test_a_killed_rank_is_named_and_ends_the_others(tune: Any, noting: dict[str, str], alive: Alive) -> None:
-    ended = tune.ended(*DDP, env=noting | {"FAULT": f"kill:1:{5 * DDP_PASSES + 1}"})
+    ended = tune.ended(*DDP, env=noting | {"FAULT": f"kill:1:{3 * DDP_PASSES + 1}"})
     assert ended.code == 1
     assert "parallel-tune: rank 1 ended without a word: killed from outside" in ended.err
     assert "rank-1.log" in ended.err.splitlines()[-1]
     assert not alive(ended.run)
-    assert checkpoints(ended.run) == ["checkpoint-4"]
+    assert checkpoints(ended.run) == ["checkpoint-2"]
 
 
 def test_a_rank_that_never_ends_is_not_waited_for(tune: Any, noting: dict[str, str], alive: Alive) -> None:
@@ -250,11 +250,11 @@ def test_adapters_are_read_onto_the_ranks_own_device(
 
     monkeypatch.setattr(peft.peft_model, "infer_device", lambda: "cuda")
     monkeypatch.setattr(peft.peft_model, "load_peft_weights", noted)
-    checkpoint = str(split_run.run / "checkpoint-16")
+    checkpoint = str(split_run.run / "checkpoint-8")
     model.load_adapter(checkpoint, "default", is_trainable=True)
     read_adapters_onto(model, torch.device("cuda", 1))
     model.load_adapter(checkpoint, "default", is_trainable=True)
     assert asked == ["cuda", "cuda:1"]
-    saved = load_file(split_run.run / "checkpoint-16" / "adapter_model.safetensors")
+    saved = load_file(split_run.run / "checkpoint-8" / "adapter_model.safetensors")
     held = peft.get_peft_model_state_dict(model)
     assert all(torch.equal(held[name], tensor) for name, tensor in saved.items())

@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch.nn.functional
 
 from parallel_tune import row_attention
+from parallel_tune.unneeded import QUANTIZERS, leave_out
 from strategies.model_parallel import ModelParallel
 from strategies.sessions import SplitSession
 
@@ -50,6 +51,7 @@ class RecordedModelParallel(ModelParallel):
         return replace(super().plan(workload, hardware, estimate), captured=True)
 
     def open(self, plan, timeout_seconds):
+        leave_out(QUANTIZERS)
         if MASKS:
             row_attention.attend = attend
         return RecordedSplit(plan)

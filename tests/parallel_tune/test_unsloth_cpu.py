@@ -14,12 +14,24 @@ import pytest
 from parallel_tune.config import make_config
 from parallel_tune.engines.unsloth import UnslothEngine
 
-LAYOUTS = [("ddp", "cpu:1"), ("ddp", "cpu:2"), ("model_parallel", "cpu:2")]
+LAYOUTS = {
+    "single": ("--strategy=ddp", "--hardware=cpu:1"),
+    "ddp": ("--strategy=ddp", "--hardware=cpu:2"),
+    "split": ("--strategy=model_parallel", "--hardware=cpu:2"),
+}
 
 
-@pytest.mark.parametrize(("strategy", "hardware"), LAYOUTS)
-def test_unsloth_trains_as_transformers_does(strategy: str, hardware: str, tune: Any, single_run: Any) -> None:
-    run = tune("--engine=unsloth", f"--strategy={strategy}", f"--hardware={hardware}")
+@pytest.fixture(scope="module")
+def runs(tune: Any) -> dict[str, Any]:
+    """A run of each layout; those of one process in turn."""
+    unsloth = {name: ("--engine=unsloth", *options) for name, options in LAYOUTS.items()}
+    single, split = tune.in_turn(unsloth["single"], unsloth["split"])
+    return {"single": single, "ddp": tune(*unsloth["ddp"]), "split": split}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unsloth_trains_as_transformers_does(layout: str, runs: dict[str, Any], single_run: Any) -> None:
+    run = runs[layout]
     assert run.report["engine"] == "unsloth"
     assert "unsloth" in run.report["versions"]
     assert run.losses == pytest.approx(single_run.losses, rel=1e-4)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.unneeded import QUANTIZERS, leave_out
 from strategies.contracts import Plan
 from strategies.ddp import DDP
 from strategies.model_parallel import ModelParallel
@@ -104,6 +105,7 @@ class NotedDDP(DDP):
     auto_order = 110
 
     def open(self, plan: Plan, timeout_seconds: int) -> NotedReplica:
+        leave_out(QUANTIZERS)  # a built-in strategy's runs do without them too; importing them takes seconds
         open_replica(plan, timeout_seconds)
         return NotedReplica(plan)
 
@@ -115,4 +117,5 @@ class NotedSplit(ModelParallel):
     auto_order = 120
 
     def open(self, plan: Plan, timeout_seconds: int) -> NotedStages:
+        leave_out(QUANTIZERS)
         return NotedStages(plan)
