@@ -104,7 +104,11 @@ def test_recordings_of_lanes_are_made_one_by_one_and_kept() -> None:
     one, two = Arrangement(1, 1, 8, "none", stages=2, captured=True), Arrangement(1, 1, 8, "none", 2, 2, True)
     alone, together = formula.memory(first, one, H200), formula.memory(first, two, H200)
     assert together.allocated_bytes == alone.allocated_bytes
-    assert together.reserve_bytes - alone.reserve_bytes == alone.activations_bytes
+    # Recordings of its own, and an eager pass of another size meanwhile.
+    assert together.reserve_bytes - alone.reserve_bytes == 2 * alone.activations_bytes
+    of_one_size = replace(formula, second_pass_tokens=0)
+    more = of_one_size.memory(first, two, H200).reserve_bytes - of_one_size.memory(first, one, H200).reserve_bytes
+    assert more == alone.activations_bytes
     assert together.context_bytes == alone.context_bytes == GRAPHS_CONTEXT_BYTES + (768 << 20)
     # The last stage's share their memory.
     assert formula.memory(last, two, H200) == formula.memory(last, one, H200)

@@ -93,10 +93,11 @@ class ClosedFormEstimator:
         # Each lane has recordings of its own; the last stage's share their memory, as no micro-batch waits there.
         others = 0 if part.head else (arrangement.lanes - 1) * peak.activations_bytes
         a_pass = peak.activations_bytes + peak.cross_entropy_bytes
+        eager = a_pass + others  # each lane may be at one
         if self.second_pass_tokens is None:
-            return others + a_pass
+            return others + eager
         # All but the tables of positions grows with the tokens.
-        second = a_pass * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
+        second = eager * self.second_pass_tokens // (arrangement.micro_batch * self.settings.sequence_length)
         return others + second + recordings_reserve_bytes(a_pass, self.facts, self.settings, part, arrangement)
 
     def phases(self, part: Part, arrangement: Arrangement) -> tuple[MemoryEstimate, ...]:
