@@ -111,15 +111,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         return 6 * tokens * self._num_parameters
 
     def _forget_gradients(self, set_to_none: bool = True) -> None:
-        for parameter in self._trained:
-            if set_to_none:
+        if set_to_none:
+            for parameter in self._trained:
                 parameter.grad = None
-            elif parameter.grad is not None:
-                parameter.grad.zero_()
-
-    def _empty_buckets(self, set_to_none: bool = True) -> None:
-        # Gradients that are let go of are made anew by the next step's first micro-batch, beside the buckets.
-        if gradients := [each.grad for each in self._trained if each.grad is not None]:
+        elif gradients := [each.grad for each in self._trained if each.grad is not None]:
             torch._foreach_zero_(gradients)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -187,7 +182,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         schedule = self.session.schedule
         if schedule is None:
             if isinstance(model, DistributedDataParallel):
-                model.zero_grad = self._empty_buckets  # type: ignore[method-assign]
+                # Gradients that are let go of are made anew by the next step's first micro-batch, beside the buckets.
+                model.zero_grad = partial(self._forget_gradients, set_to_none=False)  # type: ignore[method-assign]
             # The loss of a split model lies where its head is.
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:

@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_memory_measured import shapes
+from test_memory_measured import H200, shapes
 
 from parallel_tune.memory import ClosedFormEstimator, TrainingSettings
 from parallel_tune.memory.captured import GRAPHS_CONTEXT_BYTES
 from parallel_tune.memory.facts import ModelFacts, facts_from_config
 from parallel_tune.memory.states import state_bytes
-from strategies.contracts import Arrangement, Checkpointing, Device, MemoryEstimate, Part
+from strategies.contracts import Arrangement, Checkpointing, MemoryEstimate, Part
 
-H200 = Device(0, "NVIDIA H200", "cuda", 150 << 30, 150 << 30)
 CONTEXT_BYTES = 948 << 20
 """Device use beyond the allocator's reserve, the same on both cards in every run."""
 

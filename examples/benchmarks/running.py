@@ -216,9 +216,9 @@ class Record:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.{hardware}.json"
-        program = ["python", f"examples/benchmarks/{name}.py"]
-        same = {"settings": " ".join(told(arguments, choosing)), **more} if choosing else more
-        command = " ".join([*program, *told(arguments)])
+        command = " ".join(["python", f"examples/benchmarks/{name}.py", *told(arguments)])
+        same = {"settings": " ".join(told(arguments, choosing))} if choosing else {"command": command}
+        same |= more
         self.content: dict[str, Any] = {
             "name": name,
             "hardware": hardware,
@@ -231,8 +231,7 @@ class Record:
         }
         if go_on and self.path.exists():
             before = json.loads(self.path.read_text())
-            is_same = choosing or before.get("command") == command
-            if is_same and all(before.get(key) == value for key, value in same.items()):
+            if all(before.get(key) == value for key, value in same.items()):
                 good = [row for row in before["rows"] if "failed" not in row]
                 self.content |= {"versions": before["versions"], "rows": good}
                 if choosing:
