@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from parallel_tune.hardware import probe_details
-from parallel_tune.nvml import used_bytes
+from parallel_tune.nvml import own_bytes, used_bytes
 from strategies.errors import ConfigError
 
 Whose = Literal["process", "card less others", "card"]
@@ -33,27 +32,23 @@ class CardUse:
         what was in use before: what others have taken or given back since is then counted as ours.
 
         Args:
-            reserved_bytes: by torch's allocator; a smaller figure is that of another process whose number is ours in
-                the host's count.
+            reserved_bytes: by torch's allocator.
             card_bytes: in use on the whole card, by CUDA.
         """
-        own = self._own(uuid)
-        if own is not None and own >= reserved_bytes:
+        own = self._own(uuid, reserved_bytes)
+        if own is not None:
             return own, "process"
         if uuid not in self.before:
             return card_bytes, "card"
         return max(reserved_bytes, card_bytes - self.before[uuid]), "card less others"
 
-    def _own(self, uuid: str) -> int | None:
+    def _own(self, uuid: str, reserved_bytes: int) -> int | None:
         if self.nvml is None:
             return None
         try:
-            handle = self.nvml.nvmlDeviceGetHandleByUUID(uuid)
-            processes = self.nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            return own_bytes(self.nvml, self.nvml.nvmlDeviceGetHandleByUUID(uuid), reserved_bytes)
         except self.nvml.NVMLError:
             return None
-        held = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-        return held[0] if held else None
 
 
 def look_before(environ: Mapping[str, str], nvml: Any = None) -> CardUse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,22 @@ def used_bytes(nvml: Any, handle: Any) -> int:
         nvml.NVMLError: the GPU cannot be read, or the driver is too old to tell the two apart.
     """
     return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+
+
+def own_bytes(nvml: Any, handle: Any, reserved_bytes: int) -> int | None:
+    """What this process has in use on a card; None where NVML does not tell it.
+
+    Args:
+        nvml: pynvml, initialized.
+        reserved_bytes: by torch's allocator; a smaller figure is that of another process whose number is ours in the
+            host's count.
+    """
+    try:
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:
+        return None
+    held = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+    return held[0] if held and held[0] is not None and held[0] >= reserved_bytes else None
 
 
 def driver_version() -> str:

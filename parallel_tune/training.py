@@ -26,6 +26,7 @@ from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen, keep_from_ending_the_run
 from strategies.base import Schedule, Session
+from strategies.clipping import clip_over_devices
 from strategies.contracts import Plan
 from strategies.errors import RunFailed
 from strategies.reduction import reduce_in_bfloat16
@@ -119,7 +120,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         # Of those that train: transformers walks through all modules to find every parameter.
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        if len({parameter.device for parameter in self._trained}) == 1:
+            return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        return clip_over_devices(self._trained, self.args.max_grad_norm)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's share; accelerate's own sharding would feed rows of a short last batch twice."""

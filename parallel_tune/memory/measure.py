@@ -3,7 +3,8 @@
 python -m parallel_tune.memory.measure UUID [UUID]     (CUDA_VISIBLE_DEVICES holds the same)
 
 Prints one JSON object. The first GPU's figures count; the second one is there for NCCL. What lies outside torch's
-allocator is read from NVML as a difference, so that other processes on the card do no harm as long as they keep still.
+allocator is what NVML says of this process; where it does not say that, a difference of the card's use, so that other
+processes there do no harm as long as they keep still.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.nvml import own_bytes
 from parallel_tune.process import die_with_parent, leave
 
 MIB = 1 << 20
@@ -30,37 +32,57 @@ NCCL_SECONDS = 60
 
 
 class Gpu:
-    """One GPU: what it has in use in all, and what of that torch's allocator holds for this process."""
+    """One GPU: what this process has in use there, and what of that torch's allocator holds.
 
-    def __init__(self, uuid: str, ordinal: int) -> None:
-        import pynvml
+    Args:
+        nvml: pynvml, but for tests.
+    """
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    def __init__(self, uuid: str, ordinal: int, nvml: Any = None) -> None:
+        if nvml is None:
+            import pynvml
+
+            nvml = pynvml
+            nvml.nvmlInit()
         self.ordinal = ordinal
-        self._read: Callable[[], int] = lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-    def used_bytes(self) -> int:
-        """What is in use, once two readings agree.
-
-        Raises:
-            RuntimeError: another process keeps changing it.
-        """
-        before = self._read()
-        for _ in range(SETTLE_ATTEMPTS):
-            time.sleep(SETTLE_SECONDS)
-            now = self._read()
-            if now == before:
-                return now
-            before = now
-        raise RuntimeError("another process is changing its use of the GPU's memory")
+        self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
+        self._idle_bytes = _settled(self._card_bytes)  # this process has nothing there yet
 
     def outside_bytes(self) -> int:
-        """What is in use beside torch's allocator."""
+        """What this process has in use beside torch's allocator, once two readings agree.
+
+        Raises:
+            RuntimeError: another process keeps changing it, and NVML does not tell the two apart.
+        """
         import torch
 
         torch.cuda.synchronize(self.ordinal)
-        return self.used_bytes() - int(torch.cuda.memory_reserved(self.ordinal))
+        reserved = int(torch.cuda.memory_reserved(self.ordinal))
+        held = _settled(lambda: self._held_bytes(reserved))
+        if held is None:
+            raise RuntimeError("another process is changing its use of the GPU's memory")
+        return held - reserved
+
+    def _held_bytes(self, reserved_bytes: int) -> int | None:
+        own = own_bytes(self._nvml, self._handle, reserved_bytes)
+        if own is not None or self._idle_bytes is None:
+            return own
+        return self._card_bytes() - self._idle_bytes
+
+    def _card_bytes(self) -> int:
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+
+def _settled(read: Callable[[], int | None]) -> int | None:
+    """What two readings agree on; None if none do."""
+    before = read()
+    for _ in range(SETTLE_ATTEMPTS):
+        time.sleep(SETTLE_SECONDS)
+        now = read()
+        if now == before:
+            return now
+        before = now
+    return None
 
 
 def train_a_little(device: Any, dtype: Any) -> None:
@@ -165,7 +187,6 @@ def measure(uuids: list[str], store: Path) -> dict[str, Any]:
         RuntimeError: the card is in use by others, or CUDA does not work.
     """
     gpu = Gpu(uuids[0], 0)
-    idle = gpu.used_bytes()
     import torch
 
     device = torch.device("cuda", 0)
@@ -179,7 +200,7 @@ def measure(uuids: list[str], store: Path) -> dict[str, Any]:
     train_a_little(device, dtype)
     _give_back()
     found: dict[str, Any] = {
-        "context_bytes": gpu.outside_bytes() - idle,
+        "context_bytes": gpu.outside_bytes(),
         "workspace_bytes": int(torch.cuda.memory_allocated(device)),
         "segment_bytes": int(segment_bytes),
         "nf4_scratch_bytes": nf4_scratch_bytes(gpu, dtype),

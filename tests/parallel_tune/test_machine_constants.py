@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -300,6 +302,51 @@ def test_the_measuring_steps_run_on_a_cpu_too() -> None:
     from parallel_tune.memory.measure import train_a_little
 
     train_a_little(torch.device("cpu"), torch.bfloat16)
+
+
+class BusyCard:
+    """NVML of a card on which another process takes more with each look; it tells processes apart, or does not."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, tells: bool) -> None:
+        self._tells, self._others = tells, 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
+        self._others += 100 * MIB
+        return SimpleNamespace(used=self._others + 900 * MIB)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:  # noqa: N802
+        if not self._tells:
+            raise self.NVMLError(handle)
+        used = {os.getpid(): 900 * MIB, 1: self._others}
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in used.items()]
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Any]:
+    """A GPU of which torch's allocator holds 200 MiB."""
+    import torch
+
+    from parallel_tune.memory import measure
+
+    monkeypatch.setattr(measure, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 200 * MIB)
+    return lambda tells: measure.Gpu(UUIDS[0], 0, BusyCard(tells))
+
+
+def test_what_others_take_meanwhile_is_not_measured(gpu_of: Callable[[bool], Any]) -> None:
+    assert gpu_of(True).outside_bytes() == 700 * MIB
+
+
+def test_nothing_is_measured_where_others_cannot_be_told_from_this_process(gpu_of: Callable[[bool], Any]) -> None:
+    with pytest.raises(RuntimeError, match="another process is changing"):
+        gpu_of(False).outside_bytes()
 
 
 def test_the_measuring_process_fails_in_words_without_a_gpu() -> None:
