@@ -116,7 +116,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "Training", "AdamW's second decay.")
     adam_epsilon: float = option(1e-8, "Training", "AdamW's smallest divisor.")
     max_grad_norm: float = option(1.0, "Training", "Gradient clipping; 0 clips nothing.")
-    optim: str = option("adamw_torch", "Training", "Optimizer, by its transformers name (adamw_8bit needs bitsandbytes).")
+    optim: str = option("adamw_torch_fused", "Training", "Optimizer, by its transformers name (adamw_8bit needs bitsandbytes).")
     seed: int = option(3407, "Training", "Seed of the data order and of dropout.", aliases=("random_seed",))
     trace: bool = option(False, "Training", "Count memory by running the model's own code on tensors without bytes: for an architecture that the closed form does not know, or to check it on one that it does.")
     cross_entropy: str = option("auto", "Training", "How the loss is computed, and counted in plans: plain makes all logits at once, fused no more than a chunk of them; auto is fused with Unsloth, plain with transformers.", choices=("auto", "plain", "fused"))

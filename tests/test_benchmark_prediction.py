@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,7 +177,7 @@ def test_a_run_is_predicted_again_without_a_gpu(module: Any, tmp_path: Path) -> 
     found |= {"rows": row.rows, "seconds": 1.0, "plan": plan, "arguments": row.arguments(), "devices": [device]}
     found["predicted_for"] = {"longest": 1024, "largest_micro_batch": 1024, "alike": True, "padded_reason": None}
     found["predicted_for"]["sizes"] = []
-    found["versions"] = {"torch": "2.11.0+cu130"}
+    found["versions"] = {"torch": version("torch")}  # which the plan was made for
     path = tmp_path / "prediction.card.json"
     path.write_text(json.dumps({"rows": [found], "figures": {}}))
     module("prediction").main(["--again", str(path)])

@@ -60,6 +60,7 @@ def predict(row: Row) -> MemoryEstimate:
         cross_entropy="fused" if engine == "unsloth" else "plain",
         sequence_length=tokens,
         attention_mask=False,
+        optimizer="adamw_torch",
         # Unsloth sets the allocator up by itself; transformers ran before parallel-tune did.
         segments_grow=engine == "unsloth",
     )

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from prediction_again import read_arguments
 from prediction_edges import facts_of
-from prediction_rows import HF, Row
+from prediction_rows import HF, OPTIM, Row
 
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.planning import make_plan
@@ -52,9 +52,11 @@ class Case:
     def arguments(self, strategy: str, capture: str) -> list[str]:
         """The command line, files and pins aside."""
         methods = {"lora": [], "4bit": ["--load_in_4bit"], "full": ["--full_finetuning", "--learning_rate", "1e-5"]}
+        optimizer = [] if "--optim" in self.options else ["--optim", OPTIM]
         return [
             "--engine", HF, "--strategy", strategy, *methods[self.method], "--max_seq_length", str(self.tokens),
-            "--global_batch_size", str(self.rows), "--max_steps", str(self.steps), "--capture", capture, *self.options,
+            "--global_batch_size", str(self.rows), "--max_steps", str(self.steps), "--capture", capture, *optimizer,
+            *self.options,
         ]  # fmt: skip
 
     @property

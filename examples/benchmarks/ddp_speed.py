@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--full_steps", type=int, default=20, help="of our runs on full rows")
     parser.add_argument("--reference_steps", type=int, default=14)
-    parser.add_argument("--reference_optim", default="adamw_torch")
+    parser.add_argument("--reference_optim", default="adamw_torch_fused")
     parser.add_argument("--capture", default="on", help="of our runs; auto is what a plan would choose by itself")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--skip", default="", help="of reference, limit, single: what to leave out")

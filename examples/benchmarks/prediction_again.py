@@ -20,6 +20,9 @@ from strategies.contracts import Plan
 HEAD_KERNEL = (2, 12)
 """The first torch whose attention over rows of any length takes grouped heads."""
 
+OPTIM_BEFORE = "adamw_torch"
+"""Of rows whose command line names no optimizer: the default when they were measured."""
+
 
 def look_again(path: Path, rival: str) -> Path:
     """Predict the rows that carry their plan, add the rival's figures, and write the file anew."""
@@ -57,7 +60,7 @@ def _predict(row: dict[str, Any]) -> None:
 
 def read_arguments(arguments: list[str], model: str) -> Any:
     """The configuration that a row's command line makes."""
-    options: dict[str, Any] = {"model": model}
+    options: dict[str, Any] = {"model": model, "optim": OPTIM_BEFORE}
     for number, argument in enumerate(arguments):
         if argument.startswith("--"):
             following = arguments[number + 1 : number + 2]

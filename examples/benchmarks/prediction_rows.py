@@ -55,10 +55,11 @@ class Row:
         """The command line, files aside."""
         methods = {"lora": [], "4bit": ["--load_in_4bit"], "full": ["--full_finetuning", "--learning_rate", "1e-5"]}
         strategy = [] if "--strategy" in self.options else ["--strategy", "ddp"]
+        optimizer = [] if "--optim" in self.options else ["--optim", OPTIM]
         return [
             "--engine", self.engine, *strategy, *methods[self.method], "--max_seq_length", str(self.tokens),
             "--per_device_train_batch_size", str(self.rows), "--gradient_accumulation_steps", str(self.accumulation),
-            "--max_steps", str(self.steps), "--use_gradient_checkpointing", self.checkpointing,
+            "--max_steps", str(self.steps), "--use_gradient_checkpointing", self.checkpointing, *optimizer,
             "--capture", "on" if self.captured else "off", *(["--hardware", self.on] if self.on else []), *self.options,
         ]  # fmt: skip
 
@@ -76,6 +77,8 @@ class Row:
 HF: Final = "transformers"
 UNSLOTH: Final = "unsloth"
 RANK = "--r"
+OPTIM = "adamw_torch_fused"
+"""Of rows that name no other."""
 QUERY_AND_VALUE = ("--target_modules", "q_proj,v_proj")
 EIGHT_BIT = ("--optim", "adamw_8bit")
 PADDED = ("--padding_free", "off")

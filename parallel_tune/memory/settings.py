@@ -46,7 +46,7 @@ class TrainingSettings:
     bias: str = "none"
     compute_dtype: str = "bfloat16"
     weights_dtype: str | None = None
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     cross_entropy: Literal["plain", "fused", "returned"] = "plain"
     engine: Literal["unsloth", "transformers"] = "transformers"
     sequence_length: int = 2048
