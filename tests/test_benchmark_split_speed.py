@@ -77,7 +77,8 @@ def test_lanes_count_only_against_a_naive_run_that_wastes_no_time(load_benchmark
     same = {"case": "a", "cuts": [0, 18], "micro_batches": 12}
 
     def row(way: str, seconds: float, share: float, losses: list[float]) -> dict[str, Any]:
-        return {**same, "way": way, "step_seconds": seconds, "stage_times_share": share, "losses": losses}
+        stages = {"stage_times_share": share, "stage_seconds": [share, share * seconds - share]}
+        return {**same, "way": way, "step_seconds": seconds, "losses": losses, **stages}
 
     rows = [
         {"what": "a-plan", "case": "a"},
@@ -91,6 +92,9 @@ def test_lanes_count_only_against_a_naive_run_that_wastes_no_time(load_benchmark
     assert found["a"]["lanes"]["speedup"] == 1.5
     assert found["a"]["lanes"]["bound"] == pytest.approx(24 / 13)
     assert found["a"]["lanes"]["share_of_bound"] == pytest.approx(1.5 * 13 / 24)
+    # Stages of 2.97 s in a row, and of 1.8 s in lanes.
+    assert found["a"]["lanes"]["stages_slower"] == pytest.approx(1.8 / 2.97 - 1)
+    assert found["a"]["lanes"]["share_of_bound_but_for_that"] == pytest.approx(1.5 * 13 / 24 * 1.8 / 2.97)
     assert found["a"]["lanes"]["losses_apart"] == pytest.approx(0.1)
     assert found["a"]["lanes"]["counts"] is True
     assert found["a"]["captured-lanes"]["counts"] is False

@@ -31,6 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 from ballast import ballast  # noqa: E402
+from card_clocks import CardClocks  # noqa: E402
 from children import end_orderly  # noqa: E402
 from rows import make_rows  # noqa: E402
 from running import Record, add_common, call, hardware_name, train, tried, work_folder  # noqa: E402
@@ -165,11 +166,12 @@ class Benchmark:
 
     def _run(self, case: Case, way: str, model: Path, rows: Path) -> dict[str, Any]:
         run = self._folder / f"{case.name.replace(':', '-')}-{way}"
-        metrics, report = train(
-            run, model, rows, "--strategy=model_parallel", *case.options(), *WAYS[way], self._hardware,
-            f"--max_steps={self._options.steps}", "--warmup_steps=3", "--lr_scheduler_type=constant_with_warmup",
-            timeout=self._left(),
-        )  # fmt: skip
+        with CardClocks(0 if self._options.small else self._options.gpus) as clocks:
+            metrics, report = train(
+                run, model, rows, "--strategy=model_parallel", *case.options(), *WAYS[way], self._hardware,
+                f"--max_steps={self._options.steps}", "--warmup_steps=3", "--lr_scheduler_type=constant_with_warmup",
+                timeout=self._left(),
+            )  # fmt: skip
         plan = json.loads((run / "plan.json").read_text())
         timeline = run / "timeline.json"
         segments = json.loads(timeline.read_text())["segments"] if timeline.exists() else []
@@ -177,6 +179,7 @@ class Benchmark:
         shutil.rmtree(run, ignore_errors=True)  # adapters of large models fill a disk
         return {
             **row,
+            "clocks": clocks.seen(),
             "seconds": [each["seconds"] for each in metrics],
             "losses": [each["loss"] for each in metrics],
             "plan": {name: plan.get(name) for name in OF_A_PLAN},
