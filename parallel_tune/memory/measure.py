@@ -49,31 +49,30 @@ class Gpu:
         self._idle_bytes = _settled(self._card_bytes)  # this process has nothing there yet
 
     def outside_bytes(self) -> int:
-        """What this process has in use beside torch's allocator, once two readings agree.
+        """What this process has in use beside torch's allocator.
 
         Raises:
-            RuntimeError: another process keeps changing it, and NVML does not tell the two apart.
+            RuntimeError: NVML does not tell processes apart, and another one keeps changing what is in use.
         """
         import torch
 
         torch.cuda.synchronize(self.ordinal)
         reserved = int(torch.cuda.memory_reserved(self.ordinal))
-        held = _settled(lambda: self._held_bytes(reserved))
-        if held is None:
-            raise RuntimeError("another process is changing its use of the GPU's memory")
-        return held - reserved
+        own = own_bytes(self._nvml, self._handle, reserved)
+        return (self._taken_bytes() if own is None else own) - reserved
 
-    def _held_bytes(self, reserved_bytes: int) -> int | None:
-        own = own_bytes(self._nvml, self._handle, reserved_bytes)
-        if own is not None or self._idle_bytes is None:
-            return own
-        return self._card_bytes() - self._idle_bytes
+    def _taken_bytes(self) -> int:
+        """What the card has in use beyond what it had when this process came."""
+        used = _settled(self._card_bytes)
+        if used is None or self._idle_bytes is None:
+            raise RuntimeError("another process is changing its use of the GPU's memory")
+        return used - self._idle_bytes
 
     def _card_bytes(self) -> int:
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
 
 
-def _settled(read: Callable[[], int | None]) -> int | None:
+def _settled(read: Callable[[], int]) -> int | None:
     """What two readings agree on; None if none do."""
     before = read()
     for _ in range(SETTLE_ATTEMPTS):
