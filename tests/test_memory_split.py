@@ -70,7 +70,8 @@ def test_tensors_agree_with_each_cards_measured_peak(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row[:5])))
 def test_each_card_holds_about_what_was_planned(row: Row) -> None:
     for device, (predicted, reserved) in enumerate(zip(predict(row), row[7], strict=True)):
-        # Why that one card held 0.6 GiB more in free blocks is not known.
+        # That card held 0.6 GiB more in free blocks: about a tied head's gradient, whose copy to the embedding may
+        # still be under way when the next one takes its memory.
         least = -0.09 if (row[0], row[1], device) == ("llama-1b", "full", 1) else -0.05
         assert least < predicted.peak_bytes / (reserved + CONTEXT_BYTES) - 1 < 0.05
 
