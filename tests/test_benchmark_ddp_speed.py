@@ -19,11 +19,17 @@ def test_the_benchmark_runs_small_and_writes_its_figures(benchmark: Any, small_m
     assert written == tmp_path / "ddp_speed.cpu.json"
     record = json.loads(written.read_text())
     assert {"name", "hardware", "versions", "date", "command", "rows", "figures"} <= record.keys()
-    both, single = record["rows"]
+    both, single, strong = record["rows"]
     assert (both["what"], both["processes"]) == ("transformers-short-0", 2)
     assert (single["what"], single["processes"]) == ("single-transformers-short-0", 1)
+    assert (strong["what"], strong["processes"]) == ("strong-transformers-short-0", 1)
     expected = both["tokens_per_second"] / single["tokens_per_second"] / 2
     assert record["figures"]["weak_scaling"] == pytest.approx(expected)
+    expected = both["tokens_per_second"] / strong["tokens_per_second"] / 2
+    assert record["figures"]["strong_scaling_transformers_short"] == pytest.approx(expected)
+    # The same steps through two processes and through one, those of one process aside.
+    assert strong["step_tokens"] == both["step_tokens"] > single["step_tokens"]
+    assert strong["losses"] == pytest.approx(both["losses"], rel=1e-4)
 
 
 def test_figures_are_ratios_of_medians(benchmark: Any) -> None:

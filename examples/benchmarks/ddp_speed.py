@@ -1,7 +1,8 @@
 """Our arrangement of ddp against the reference command of this field: the same rows in the same steps.
 
     python examples/benchmarks/ddp_speed.py --engines unsloth   # Qwen3-8B shape, one GPU, short and full rows
-    python examples/benchmarks/ddp_speed.py --gpus 2            # through two processes and through one
+    python examples/benchmarks/ddp_speed.py --gpus 2            # through two processes and through one: as many rows
+                                                                # for each (weak scaling), and in all (strong)
     python examples/benchmarks/ddp_speed.py --small             # a tiny model on the CPU, two processes and one
 
 The reference is reference_unsloth.py: stock Unsloth, batch 1 x accumulation 4, offloaded checkpointing. It takes the
@@ -75,7 +76,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference_optim", default="adamw_torch_fused")
     parser.add_argument("--capture", default="on", help="of our runs; auto is what a plan would choose by itself")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--skip", default="", help="of reference, limit, single: what to leave out")
+    parser.add_argument("--skip", default="", help="of reference, limit, single, strong: what to leave out")
+    parser.add_argument("--load_in_4bit", action="store_true", help="QLoRA on all sides")
     parser.add_argument("--seconds", type=float, default=420.0, help="after which nothing more is begun or goes on")
     parser.add_argument("--small", action="store_true")
     add_common(parser)
@@ -130,6 +132,8 @@ class Benchmark:
                     yield f"limit-{name}", partial(self._limit, f"limit-{name}", self._folder / name)
                 if options.gpus > 1 and "single" not in skip:
                     yield f"single-{name}", partial(self._ours, f"single-{name}", work, engine, 1)
+                if options.gpus > 1 and "strong" not in skip:
+                    yield f"strong-{name}", partial(self._ours, f"strong-{name}", work, engine, 1, options.gpus)
 
     def _work(self, kind: str) -> Work:
         options = self._options
@@ -145,18 +149,19 @@ class Benchmark:
     def _left(self) -> float:
         return min(self._ends - time.monotonic(), self._options.run_seconds)
 
-    def _ours(self, name: str, work: Work, engine: str, processes: int) -> dict[str, Any]:
-        options = self._options
+    def _ours(self, name: str, work: Work, engine: str, processes: int, shares: int | None = None) -> dict[str, Any]:
+        """One run of ours, whose steps have the rows of so many processes: its own, or those of others too."""
+        options, shares = self._options, shares or processes
         capture = "off" if options.small else options.capture
         metrics, report = train(
             self._folder / name, self._model, work.rows, "--strategy=ddp", f"--engine={engine}",
-            f"--global_batch_size={SAMPLES * processes}", f"--max_seq_length={work.longest}", "--warmup_steps=5",
+            f"--global_batch_size={SAMPLES * shares}", f"--max_seq_length={work.longest}", "--warmup_steps=5",
             SCHEDULE, f"--max_steps={work.steps}", f"--max_devices={processes}", f"--capture={capture}",
-            *(["--hardware=cpu:2"] if options.small else []), timeout=self._left(),
+            *self._method(), *(["--hardware=cpu:2"] if options.small else []), timeout=self._left(),
         )  # fmt: skip
         seconds = [row["seconds"] for row in metrics]
-        # On one of several devices the steps are others: their rows are half as many.
-        lengths = work.lengths if processes == options.gpus else None
+        # Where one of several devices takes its own rows alone, the steps are others.
+        lengths = work.lengths if shares == options.gpus else None
         found = self._speed(seconds, [row["tokens"] for row in metrics], WARM_UP, lengths, processes)
         captured = report.get("captured") or {}
         return {
@@ -175,6 +180,9 @@ class Benchmark:
             "versions": report["versions"],
         }
 
+    def _method(self) -> list[str]:
+        return ["--load_in_4bit"] if self._options.load_in_4bit else []
+
     @staticmethod
     def _filled(captured: dict[str, Any], steps: int, processes: int, step_seconds: float) -> float | None:
         return processes * captured["elements"] / steps / step_seconds if captured else None
@@ -184,7 +192,7 @@ class Benchmark:
         steps = min(options.reference_steps, work.steps)
         found = train_bare(
             "reference_unsloth.py", self._model, work.ordered, steps, self._folder / f"{name}.json", "--in_order",
-            f"--optim={options.reference_optim}", SCHEDULE, f"--max_seq_length={work.longest}",
+            f"--optim={options.reference_optim}", SCHEDULE, f"--max_seq_length={work.longest}", *self._method(),
             processes=options.gpus, folder=self._folder, timeout=self._left(),
         )  # fmt: skip
         return {
@@ -267,6 +275,9 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
     for each, kind in product(engines, kinds):
         curves = losses(f"{each}-{kind}"), losses(f"reference-{kind}")
         result[f"losses_apart_{each}_{kind}"] = apart(*curves) if all(curves) else None
+        strong = ratio(median(f"{each}-{kind}"), median(f"strong-{each}-{kind}"))
+        if strong:
+            result[f"strong_scaling_{each}_{kind}"] = strong / options.gpus
         scaling = ratio(median(f"{each}-{kind}"), median(f"single-{each}-{kind}"))
         if scaling:
             result[f"weak_scaling_{each}_{kind}"] = scaling / options.gpus
