@@ -26,6 +26,9 @@ class Passage(Protocol):
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Copies on `device`, cut off from any graph; also called while a stage is at work, for what it needs late."""
 
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        """A copy of a weight of stage 0 on `device`, cut off from any graph; a leaf of this micro-batch's own."""
+
     def arrive(self) -> None:
         """What crosses the boundary is there: the stage's own work begins."""
 
@@ -67,22 +70,23 @@ class Cuts:
             self._passage.go(stage, backward=False)
             self.stage = stage
             self._stages.count(stage)
-        copies = self._cut(tensors, self._stages.devices[stage], self.pairs[stage])
+        copies = self._passage.carry(tensors, self._stages.devices[stage])
+        self._note(tensors, copies, self.pairs[stage])
         if not late:
             self._passage.arrive()
         return copies
 
     def lend(self, weight: Tensor, device: torch.device) -> Tensor:
         """A leaf that stands for a weight of stage 0."""
-        (leaf,) = self._cut([weight], device, self.lent)
+        leaf = self._passage.lend(weight, device)
+        self._note([weight], [leaf], self.lent)
         return leaf
 
-    def _cut(self, tensors: Sequence[Tensor], device: torch.device, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        copies = self._passage.carry(tensors, device)
+    def _note(self, tensors: Sequence[Tensor], copies: Sequence[Tensor], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Make leaves of copies whose gradient has to find the way back."""
         for tensor, copy in zip(tensors, copies, strict=True):
             if self._grad and tensor.requires_grad:
                 pairs.append((tensor, copy.requires_grad_()))
-        return copies
 
     def backward(self) -> None:
         """Walk from the last stage's cut back to stage 0; the last stage's own backward has been run."""

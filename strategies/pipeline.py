@@ -149,6 +149,7 @@ class Lanes:
         finally:
             set_states(states)
             job.join_streams()
+            course.lent.clear()
         if course.board.error is not None:
             raise course.board.error
         self._course = course

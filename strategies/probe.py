@@ -70,6 +70,9 @@ class _HookCheck:
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         return copies_on(tensors, device)
 
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        return self.carry([weight], device)[0]
+
     def arrive(self) -> None:
         """Nothing is timed."""
 

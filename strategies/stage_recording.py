@@ -105,6 +105,9 @@ class _Take:
             self.arrive()
         return carried
 
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        return self.carry([weight], device)[0]
+
     def arrive(self) -> None:
         self._recorder.begin(self._lane, self.segments[-1].stage)
         self._running = True
@@ -226,6 +229,9 @@ class Alone:
 
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         return copies_on(tensors, device)
+
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        return self.carry([weight], device)[0]
 
     def settle(self) -> None:
         """One stream a device keeps the order."""

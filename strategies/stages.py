@@ -132,7 +132,7 @@ def split(model: nn.Module, cuts: Sequence[int], devices: Sequence[torch.device]
     Weights that `from_pretrained(device_map=...)` placed there already are not touched; accelerate's hooks are removed,
     so that logits stay on the head's device. The embedding goes to the first stage, final norm and head to the last.
     A head tied to the embedding works with a copy: of a frozen weight one for good, of a trained one a fresh one each
-    pass that carries its gradient back. Call it before the model is wrapped for mixed precision.
+    pass (in lanes, each run) that carries its gradient back. Call it before the model is wrapped for mixed precision.
 
     Args:
         model: a causal language model, or a PeftModel around one.

@@ -115,6 +115,7 @@ class Course:
         streams: where each GPU's segments work, all lanes' alike.
         seeds: devices whose generator each forward segment seeds, by stage; empty for a model without dropout.
         key: tells this run's random numbers from other runs'.
+        lent: copies of weights of stage 0 by the weight's id and the device. Weights are the same throughout a run.
         marks: (stage, micro-batch, direction, start, end) in the clock's marks.
     """
 
@@ -124,6 +125,7 @@ class Course:
     streams: Mapping[torch.device, torch.cuda.Stream]
     seeds: tuple[tuple[torch.device, ...], ...]
     key: tuple[int, ...]
+    lent: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
     marks: list[tuple[int, int, str, float | torch.cuda.Event, float | torch.cuda.Event]] = field(default_factory=list)
 
     def segments(self) -> list[Segment]:
@@ -170,6 +172,13 @@ class Visit:
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Copies that leave on the lane's own stream of the device they come from."""
         return copies_on(tensors, device)
+
+    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
+        """The run's copy, made for the first micro-batch; only one lane at a time holds the device's token."""
+        key = id(weight), device
+        if key not in self._course.lent:
+            (self._course.lent[key],) = self.carry([weight], device)
+        return self._course.lent[key].detach()
 
     def settle(self) -> None:
         """Let the segment's work wait for what the lane last copied away from its device: a recording's tensors, unlike

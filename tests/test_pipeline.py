@@ -102,6 +102,31 @@ def test_gradients_accumulate_over_calls_and_weights_stay_equal_over_steps() -> 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_trained_tied_weight_is_copied_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not change between optimizer steps, of which no count of torch's knows: bitsandbytes writes past it."""
+    from strategies import visit
+
+    model = tiny("tied")
+    weight = model.get_input_embeddings().weight
+    copied: list[int] = []
+
+    def copies_on(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        copied.extend(tensor.numel() for tensor in tensors if tensor.shape == weight.shape)
+        return original(tensors, device)
+
+    original = visit.copies_on
+    monkeypatch.setattr(visit, "copies_on", copies_on)
+    with Lanes(split(model, CUTS[3], [CPU] * 3), 3) as lanes:
+        for run in (1, 2):
+            assert_same(naive(model, batches(5)), in_lanes(lanes, model, batches(5)))
+            assert len(copied) == run
+            assert lanes._course is not None
+            assert not lanes._course.lent  # its memory is the optimizer's
+            version = weight._version
+            weight.detach().numpy()[:] *= 0.9
+            assert weight._version == version
+
+
 @pytest.mark.parametrize("mode", ["off", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_dropout_masks_are_those_of_the_naive_run_with_the_same_seeds(kind: str, mode: str) -> None:

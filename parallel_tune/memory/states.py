@@ -184,7 +184,8 @@ class TableBytes:
     Attributes:
         head_gradient_bytes: also of a tied head elsewhere, where it comes back to the embedding.
         shared: both are one weight, which lives on this device.
-        lent: the head is a copy of the embedding's weight, made for each pass; its gradient leaves with the pass.
+        lent: the head is a copy of the embedding's weight, made for each pass, by lanes for each step; its gradient
+            leaves with the pass.
     """
 
     head_gradient_bytes: int
