@@ -10,9 +10,11 @@ from parallel_tune.memory.parameters import part_parameters
 from parallel_tune.memory.settings import TrainingSettings
 from strategies.contracts import Arrangement, Device, Part
 
-MATMUL_EFFICIENCY = 0.56
+MATMUL_EFFICIENCY = {"transformers": 0.56, "unsloth": 0.8}
 """Share of the device's sustained matrix rate that a training step reaches, beside what each pass costs anyway.
-Llama-8B LoRA at 2,048 tokens in a captured step does 10,200 tokens/s on an H100: 201 ms, of which 23 a pass costs."""
+Llama-8B LoRA at 2,048 tokens in a captured step does 10,200 tokens/s with transformers on an H100: 201 ms, of which 23
+a pass costs. Unsloth's fused kernels take 138 ms on an H200, which is no faster in products, and a third less than this
+says where a model is wider (tests/test_speed_measured.py)."""
 
 PASS_COSTS_TOKENS = 256
 """What a pass costs however short, in tokens: reading all weights, and kernels too small to fill the device. Captured
@@ -83,7 +85,7 @@ def micro_batch_seconds(
     flops = micro_batch_flops(facts, settings, part, arrangement)
     if device.kind == "cuda":
         flops *= 1 + PASS_COSTS_TOKENS / (arrangement.micro_batch * settings.sequence_length)
-    return flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY)
+    return flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY[settings.engine])
 
 
 def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:

@@ -1,0 +1,39 @@
+"""Seconds of captured micro-batches as measured, against the formula: bf16 LoRA of rank 16, all activations kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from test_memory_measured import shapes
+
+from parallel_tune.hardware import parse_hardware
+from parallel_tune.memory import TrainingSettings
+from parallel_tune.memory.closed_form import ClosedFormEstimator
+from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.parameters import whole
+from strategies.contracts import Arrangement
+
+Row = tuple[str, str, Literal["transformers", "unsloth"], int, float, float]
+ROWS: list[Row] = [
+    # card, shape, engine, tokens of a micro-batch, seconds of its replay, by how much the formula is off
+    ("1xH100-80GB", "llama-8b", "transformers", 112, 0.033, -0.08),
+    ("1xH100-80GB", "llama-8b", "transformers", 448, 0.057, 0.03),
+    ("1xH100-80GB", "llama-8b", "transformers", 2048, 0.201, 0.0),
+    ("1xH200-141GB", "llama-8b", "transformers", 2048, 0.195, 0.03),
+    ("1xH200-141GB", "llama-8b", "unsloth", 2048, 0.1377, 0.02),
+    ("1xH200-141GB", "llama-34b", "unsloth", 1024, 0.2552, 0.32),
+]
+"""On the H200 the sum of both stages of a split, one after the other (examples/benchmarks/split_speed.py)."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row[:4])))
+def test_a_replayed_micro_batch_takes_about_as_long_as_planned(row: Row) -> None:
+    card, shape, engine, tokens, measured, off = row
+    model_type, sizes = shapes()[shape]
+    facts = facts_from_config({"model_type": model_type, **sizes})
+    settings = TrainingSettings(sequence_length=tokens, engine=engine, packed=True, attention_mask=False)
+    (device,) = parse_hardware(card).devices
+    arrangement = Arrangement(1, 1, 16, "none", captured=True)
+    seconds = ClosedFormEstimator(facts, settings).micro_batch_seconds(whole(facts), arrangement, device)
+    assert seconds / measured - 1 == pytest.approx(off, abs=0.02)
