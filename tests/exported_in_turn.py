@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from parallel_tune import export_worker
 from parallel_tune.export import Export, unfinished
-from parallel_tune.process import die_with_parent, redirect_output
+from parallel_tune.process import die_with_parent, importing, redirect_output
 
 TIMEOUT_SECONDS = 600
 """Only so that a hang ends."""
@@ -55,7 +55,8 @@ def main(run: Path) -> None:
     """Export as stdin says, and say how each ended."""
     die_with_parent()
     asked = json.load(sys.stdin)
-    import peft  # noqa: F401  # what every export begins with
+    with importing():
+        import peft  # noqa: F401  # what every export begins with
 
     said, log = run / "logs" / "export.json", run / "logs" / "in-turn.log"
     for one in asked:
