@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from started_commands import TIMEOUT_SECONDS, Ended, Runner, clean_environment
+from started_commands import TIMEOUT_SECONDS, Alive, Ended, Runner, clean_environment, finding_processes
 
 # Models are tiny and several tests start several processes: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -286,22 +286,7 @@ def single_run(tune: Runner, once: Once) -> Ended:
 
 
 @pytest.fixture
-def alive() -> Iterator[Callable[[Path], list[int]]]:
+def alive() -> Iterator[Alive]:
     """Finds the processes whose command line names a run; those still there at the end are killed."""
-    asked: set[Path] = set()
-
-    def find(run: Path) -> list[int]:
-        asked.add(run)
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(run).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
-
-    yield find
-    for run in set(asked):
-        for pid in find(run):
-            os.kill(pid, signal.SIGKILL)
+    with finding_processes() as find:
+        yield find

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,6 +115,33 @@ class Command:
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+
+Alive = Callable[[Path], list[int]]
+
+
+@contextlib.contextmanager
+def finding_processes() -> Iterator[Alive]:
+    """Gives what finds the processes whose command line names a run; those still there at the end are killed."""
+    asked: set[Path] = set()
+
+    def find(run: Path) -> list[int]:
+        asked.add(run)
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(run).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    try:
+        yield find
+    finally:
+        for run in set(asked):
+            for pid in find(run):
+                os.kill(pid, signal.SIGKILL)
 
 
 def logs(run: Path) -> str:
