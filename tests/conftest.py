@@ -95,7 +95,7 @@ def tiny_tokenizer() -> Any:
 
 
 def make_model(folder: Path, tokenizer: Any, tied: bool) -> Path:
-    """A Llama of six layers, with its tokenizer."""
+    """A Llama of four layers, with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,7 +104,7 @@ def make_model(folder: Path, tokenizer: Any, tied: bool) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -145,7 +145,7 @@ def test_packing_what_cannot_be_packed_is_refused_at_once(tied_model: Path, tmp_
     model = tmp_path / "model"
     model.mkdir()
     config = json.loads((tied_model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "layer_types": ["linear_attention"] * 6}))
+    (model / "config.json").write_text(json.dumps({**config, "layer_types": ["linear_attention"] * 4}))
     command = [sys.executable, "-m", "parallel_tune", "plan", "--packing", "--model", str(model), "--hardware", "cpu:2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
