@@ -14,11 +14,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from started_commands import TIMEOUT_SECONDS, Alive, Ended, Runner, clean_environment, finding_processes
+from compared_runs import PACKED, REPLICAS, RUNS
+from started_commands import (
+    TIMEOUT_SECONDS,
+    Alive,
+    Ended,
+    Once,
+    Runner,
+    clean_environment,
+    ended_well,
+    finding_processes,
+)
 
 # Models are tiny and several tests start several processes: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -235,9 +246,6 @@ def read_notes() -> Read:
     return read
 
 
-Once = Callable[[str, Callable[[], Ended]], Ended]
-
-
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Gives a command's end by a name; all processes of a test run share the one that ran first."""
@@ -283,6 +291,25 @@ def split_run(tune: Runner, once: Once) -> Ended:
 def single_run(tune: Runner, once: Once) -> Ended:
     """A run of one process on one device."""
     return once("single_run", lambda: tune("--strategy=ddp", "--hardware=cpu:1"))
+
+
+@pytest.fixture(scope="session")
+def compared(tune: Runner, once: Once) -> Callable[[str], Ended]:
+    """Gives a run of `compared_runs` by its name; all of as many processes train when the first is asked for."""
+
+    def give(name: str) -> Ended:
+        alike = [other for other in RUNS if RUNS[other][0] == RUNS[name][0]]
+        last = once(f"compared_{RUNS[name][0]}", lambda: tune.in_turn(*(RUNS[other][1] for other in alike))[-1])
+        return ended_well(last.run.with_name(str(alike.index(name))))
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def packed_run(tune: Runner, once: Once) -> Ended:
+    """A run of ddp on two processes, on packed rows."""
+    unbatched = replace(tune, base=tuple(option for option in tune.base if "batch_size" not in option))
+    return once("packed_run", lambda: unbatched(*REPLICAS, *PACKED))
 
 
 @pytest.fixture

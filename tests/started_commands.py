@@ -73,6 +73,11 @@ class Ended:
         return loaded
 
 
+def ended_well(run: Path) -> Ended:
+    """How a run that trained in turn with others ended; what it gives as output is the summary alone."""
+    return Ended(0, summary(read_report(run / "report.json"), run), "", run)
+
+
 class Command:
     """A started command."""
 
@@ -118,6 +123,7 @@ class Command:
 
 
 Alive = Callable[[Path], list[int]]
+Once = Callable[[str, Callable[[], Ended]], Ended]
 
 
 @contextlib.contextmanager
@@ -206,7 +212,7 @@ class Runner:
             [*launcher, str(IN_TURN), *folders], {**spec.env, **(env or {})}, place, place, runs[-1].path
         ).wait()
         assert done.code == 0, f"{done.err}\n{logs(done.run)}"
-        return [Ended(0, summary(read_report(run.report), run.path), "", run.path) for run in runs]
+        return [ended_well(run.path) for run in runs]
 
     def _place(self) -> Path:
         """A new folder for a command and its run."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from exported_in_turn import Asked, exported_in_turn
 from stand_in_llama_cpp import QUANTIZER, contents, make_llama_cpp
-from started_commands import Ended
+from started_commands import Ended, Once
 
 from parallel_tune import export as exporting
 from parallel_tune import gguf_means
@@ -178,7 +178,7 @@ def asked(folder: Path, llama_cpp: Path, *types: str) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def exports(single_run: Any, once: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exports(single_run: Any, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exports of a run whose adapter moves the weights: each lies in a folder of its name, beside what it said."""
 
     def make() -> Ended:
@@ -204,8 +204,7 @@ def exports(single_run: Any, once: Any, tmp_path_factory: pytest.TempPathFactory
             (place / f"{name}.json").write_text(json.dumps(said))
         return Ended(0, "", "", place)
 
-    path: Path = once("unsloths_exports", make).run
-    return path
+    return once("unsloths_exports", make).run
 
 
 def said_of(exports: Path, name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,8 @@ def when(event: dict[str, Any]) -> float:
     return float(event["ts"])
 
 
-def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any) -> None:
-    ddp = ("--strategy=ddp", "--hardware=cpu:2", "--num_train_epochs=3")
-    bare, run = tune.in_turn(ddp, (*ddp, "--profile_steps=1"))
+def test_steady_steps_are_traced_on_each_rank_and_change_nothing(compared: Callable[[str], Any]) -> None:
+    bare, run = compared("bare"), compared("profiled")
     assert run.losses == pytest.approx(bare.losses, rel=1e-6)
     for rank in (0, 1):
         counts = json.loads((run.run / "profile" / f"rank-{rank}.json").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from started_commands import Command, Ended, clean_environment
+from started_commands import Command, Ended, Once, clean_environment
 from transformers import TrainerState
 
 from parallel_tune import rescue
@@ -222,7 +222,7 @@ def test_a_last_checkpoint_that_its_run_cannot_take_lies_elsewhere(
 
 
 @pytest.fixture(scope="module")
-def limited_ddp(tune: Any, single_run: Ended, third_party: Path, once: Any) -> Ended:
+def limited_ddp(tune: Any, single_run: Ended, third_party: Path, once: Once) -> Ended:
     """A run of ddp in which no file may be much larger than the adapter's, then, after its checkpoint, not even so
     large, wherever it lies, until somebody lifts that limit."""
 

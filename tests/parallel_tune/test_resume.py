@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from started_commands import Alive, Command, Ended, finding_processes
+from started_commands import Alive, Command, Ended, Once, finding_processes
 
 DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
 SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
@@ -88,7 +88,7 @@ class Faults:
 
 
 @pytest.fixture(scope="module")
-def killed(tune: Any, third_party: Path, once: Any, alive: Alive) -> Ended:
+def killed(tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
     """A run of ddp whose command was killed in its sixth step."""
 
     def run() -> Ended:
@@ -105,7 +105,7 @@ def killed(tune: Any, third_party: Path, once: Any, alive: Alive) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def interrupted(killed: Ended, tune: Any, third_party: Path, once: Any, alive: Alive) -> Ended:
+def interrupted(killed: Ended, tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
     """The killed run, resumed beside a torn checkpoint and row, and interrupted in its seventh step."""
 
     def run() -> Ended:
@@ -121,7 +121,7 @@ def interrupted(killed: Ended, tune: Any, third_party: Path, once: Any, alive: A
 
 
 @pytest.fixture(scope="module")
-def ended_alone(interrupted: Ended, tune: Any, third_party: Path, once: Any, alive: Alive) -> Ended:
+def ended_alone(interrupted: Ended, tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
     """The interrupted run, resumed once more and trained to its end, at which rank 1 never ends by itself."""
 
     def run() -> Ended:
