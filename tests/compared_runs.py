@@ -72,10 +72,13 @@ STOPPED = {
 PACKED = ("--packing", "--global_batch_size=2", "--per_device_train_batch_size=1")
 """Two sequences a step, of which each process or micro-batch takes one."""
 
+_SHORT = ("--strategy=ddp", "--hardware=cpu:1", "--max_steps=3")
 _LONG_REPLICAS = (*REPLICAS, "--num_train_epochs=3")
 OTHERS = {
     "bare": (2, _LONG_REPLICAS),
     "profiled": (2, (*_LONG_REPLICAS, "--profile_steps=1")),
+    "profiled, three steps": (1, (*_SHORT, "--global_batch_size=2", "--profile_steps=9")),
+    "no rows kept": (1, (*_SHORT, "--no_data_cache")),
     "packed, lanes": (1, (*_LANES, *PACKED)),
 }
 
