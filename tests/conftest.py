@@ -14,11 +14,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from started_commands import TIMEOUT_SECONDS, Ended, Runner, clean_environment
+from compared_runs import PACKED, REPLICAS, RUNS
+from started_commands import (
+    TIMEOUT_SECONDS,
+    Alive,
+    Ended,
+    Once,
+    Runner,
+    clean_environment,
+    ended_well,
+    finding_processes,
+)
 
 # Models are tiny and several tests start several processes: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -95,7 +106,7 @@ def tiny_tokenizer() -> Any:
 
 
 def make_model(folder: Path, tokenizer: Any, tied: bool) -> Path:
-    """A Llama of six layers, with its tokenizer."""
+    """A Llama of four layers, with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,7 +115,7 @@ def make_model(folder: Path, tokenizer: Any, tied: bool) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -235,9 +246,6 @@ def read_notes() -> Read:
     return read
 
 
-Once = Callable[[str, Callable[[], Ended]], Ended]
-
-
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Gives a command's end by a name; all processes of a test run share the one that ran first."""
@@ -285,23 +293,27 @@ def single_run(tune: Runner, once: Once) -> Ended:
     return once("single_run", lambda: tune("--strategy=ddp", "--hardware=cpu:1"))
 
 
+@pytest.fixture(scope="session")
+def compared(tune: Runner, once: Once) -> Callable[[str], Ended]:
+    """Gives a run of `compared_runs` by its name; all of as many processes train when the first is asked for."""
+
+    def give(name: str) -> Ended:
+        alike = [other for other in RUNS if RUNS[other][0] == RUNS[name][0]]
+        last = once(f"compared_{RUNS[name][0]}", lambda: tune.in_turn(*(RUNS[other][1] for other in alike))[-1])
+        return ended_well(last.run.with_name(str(alike.index(name))))
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def packed_run(tune: Runner, once: Once) -> Ended:
+    """A run of ddp on two processes, on packed rows."""
+    unbatched = replace(tune, base=tuple(option for option in tune.base if "batch_size" not in option))
+    return once("packed_run", lambda: unbatched(*REPLICAS, *PACKED))
+
+
 @pytest.fixture
-def alive() -> Iterator[Callable[[Path], list[int]]]:
+def alive() -> Iterator[Alive]:
     """Finds the processes whose command line names a run; those still there at the end are killed."""
-    asked: set[Path] = set()
-
-    def find(run: Path) -> list[int]:
-        asked.add(run)
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and str(run).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
-
-    yield find
-    for run in set(asked):
-        for pid in find(run):
-            os.kill(pid, signal.SIGKILL)
+    with finding_processes() as find:
+        yield find

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +73,11 @@ class Ended:
         return loaded
 
 
+def ended_well(run: Path) -> Ended:
+    """How a run that trained in turn with others ended; what it gives as output is the summary alone."""
+    return Ended(0, summary(read_report(run / "report.json"), run), "", run)
+
+
 class Command:
     """A started command."""
 
@@ -116,6 +122,34 @@ class Command:
         self.process.send_signal(number)
 
 
+Alive = Callable[[Path], list[int]]
+Once = Callable[[str, Callable[[], Ended]], Ended]
+
+
+@contextlib.contextmanager
+def finding_processes() -> Iterator[Alive]:
+    """Gives what finds the processes whose command line names a run; those still there at the end are killed."""
+    asked: set[Path] = set()
+
+    def find(run: Path) -> list[int]:
+        asked.add(run)
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and str(run).encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    try:
+        yield find
+    finally:
+        for run in set(asked):
+            for pid in find(run):
+                os.kill(pid, signal.SIGKILL)
+
+
 def logs(run: Path) -> str:
     """The ends of a run's logs, for a failure's message."""
     return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(run.glob("logs/*.log")))
@@ -152,23 +186,33 @@ class Runner:
             run = Path(options[1])
         return Command([*program, *options, *shared], clean_environment() | (env or {}), cwd or place, place, run)
 
-    def in_turn(self, *each: tuple[str, ...]) -> list[Ended]:
+    def in_turn(
+        self, *each: tuple[str, ...], strategy: str | None = None, env: dict[str, str] | None = None
+    ) -> list[Ended]:
         """Runs with these options on as many processes, which train one after the other: for what is held against
         another run, where starting, watching and ending is not what is looked at. Options count more than the base;
-        what the last one gives as output is the summary alone."""
+        what the last one gives as output is the summary alone.
+
+        Args:
+            strategy: the one that opens the sessions, if it is not the one that plans.
+            env: where that one is installed.
+        """
         place = self._place()
         runs = []
         for number, options in enumerate(each):
             given = [*self.base, *options, f"--output_dir={place / str(number)}", "--print_config"]
             config = make_config(yaml.safe_load(CliRunner().invoke(program, given, catch_exceptions=False).stdout))
             plan = decide(config, find_hardware(config), with_data=True)[0]
+            plan = replace(plan, strategy=strategy or plan.strategy)
             runs.append(rundir.create(config, plan))
         folders = [str(run.path) for run in runs]
         spec = launch_spec(plan, runs[0], clean_environment(), 1)
         launcher = spec.argv[: spec.argv.index("parallel_tune.worker") - 1]
-        done = Command([*launcher, str(IN_TURN), *folders], dict(spec.env), place, place, runs[-1].path).wait()
+        done = Command(
+            [*launcher, str(IN_TURN), *folders], {**spec.env, **(env or {})}, place, place, runs[-1].path
+        ).wait()
         assert done.code == 0, f"{done.err}\n{logs(done.run)}"
-        return [Ended(0, summary(read_report(run.report), run.path), "", run.path) for run in runs]
+        return [ended_well(run.path) for run in runs]
 
     def _place(self) -> Path:
         """A new folder for a command and its run."""

@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,18 @@ from strategies.sessions import ReplicaSession, open_replica
 
 
 class Looking(ReplicaSession):
+    def place(self, model):
+        super().place(model)
+        self._model = model
+
     def close(self):
-        (wrapper,) = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
+        wrappers = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
+        (wrapper,) = [each for each in wrappers if each.module is self._model]
         said = {name: value for name, value in wrapper._get_ddp_logging_data().items() if isinstance(value, (int, str))}
         gradients = [each.grad for each in wrapper.parameters() if each.requires_grad]
         said["gradients_in_buckets"] = all(each is not None and each._is_view() for each in gradients)
-        with open(os.path.join(os.environ["NOTES"], f"rank-{self.rank}.json"), "w") as file:
+        name = f"{self._reduce_dtype}-{self.rank}.json"
+        with open(os.path.join(os.environ["NOTES"], name), "w") as file:
             json.dump(said, file)
         super().close()
 
@@ -49,29 +54,36 @@ class LookedAt(DDP):
 """
 
 
+ACCUMULATIONS = {"float32": 1, "bfloat16": 3}
+"""Micro-batches a step, by the dtype of the summed gradients."""
+
+
 @pytest.fixture(scope="module")
-def looked_at(package: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment in which the strategy is installed."""
-    found: dict[str, str] = package(tmp_path_factory.mktemp("looking"), "looked_at = other:LookedAt", STRATEGY)
-    return found
+def looked_at(
+    tune: Any, package: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Any, list[dict[str, Any]]]]:
+    """Runs with each dtype, and what both ranks saw."""
+    installed, notes = tmp_path_factory.mktemp("looking"), tmp_path_factory.mktemp("notes")
+    env = package(installed, "looked_at = other:LookedAt", STRATEGY) | {"NOTES": str(notes)}
+    base = ("--strategy=ddp", "--hardware=cpu:2", "--profile_steps=1")
+    each = (
+        (*base, f"--ddp_reduce_dtype={dtype}", f"--per_device_train_batch_size={6 // accumulation}")
+        for dtype, accumulation in ACCUMULATIONS.items()
+    )
+    runs = tune.in_turn(*each, strategy="looked_at", env=env)
+    return {
+        dtype: (run, [json.loads(path.read_text()) for path in sorted(notes.glob(f"torch.{dtype}-*.json"))])
+        for dtype, run in zip(ACCUMULATIONS, runs, strict=True)
+    }
 
 
-@pytest.mark.parametrize(("reduce_dtype", "accumulation"), [("float32", 1), ("bfloat16", 3)])
+@pytest.mark.parametrize("reduce_dtype", ACCUMULATIONS)
 def test_the_wrapper_is_set_for_dense_adapters(
-    reduce_dtype: str,
-    accumulation: int,
-    tune: Any,
-    ddp_run: Any,
-    looked_at: dict[str, str],
-    read_notes: Any,
-    tmp_path: Path,
+    reduce_dtype: str, ddp_run: Any, looked_at: dict[str, tuple[Any, list[dict[str, Any]]]]
 ) -> None:
-    base = tuple(option for option in tune.base if "per_device" not in option)
-    run = replace(tune, base=(*base, f"--per_device_train_batch_size={6 // accumulation}"))(
-        "--strategy=looked_at", "--hardware=cpu:2", f"--ddp_reduce_dtype={reduce_dtype}", "--profile_steps=1",
-        env={**looked_at, "NOTES": str(tmp_path)},
-    )  # fmt: skip
-    notes = read_notes(tmp_path)
+    accumulation = ACCUMULATIONS[reduce_dtype]
+    run, notes = looked_at[reduce_dtype]
+    assert run.plan["strategy"] == "looked_at"
     assert len(notes) == 2
     for said in notes:
         assert said["gradient_as_bucket_view"] == 1

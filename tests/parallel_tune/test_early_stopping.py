@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compared_runs import STOPPING_ALONE
 
 from parallel_tune.checkpoint import mark_complete, rotate
 from parallel_tune.stopping import evaluations_without_progress
-
-RATE = "--learning_rate=0.05"
-"""So high that the held-out loss soon rises."""
-EVALUATE = ("--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=2", RATE)
-STEADY = ("--lr_scheduler_type=constant", "--warmup_steps=0", "--num_train_epochs=8")
-LAYOUTS = {
-    "one": ("--strategy=ddp", "--hardware=cpu:1"),
-    "ddp": ("--strategy=ddp", "--hardware=cpu:2"),
-    "split": ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on"),
-}
-
-
-@pytest.fixture(scope="module")
-def run_it(tune: Any, tied_model: Path, rows_file: Path) -> Any:
-    """The command on rows of which six are held out."""
-    data = (f"--model={tied_model}", f"--dataset={rows_file}", "--val_size=6", "--max_seq_length=128")
-    return type(tune)(tune.folder, (*data, "--global_batch_size=12", "--answers_only"))
 
 
 def held_out(run: Path) -> dict[int, float]:
@@ -36,29 +21,11 @@ def held_out(run: Path) -> dict[int, float]:
     return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
 
 
-@pytest.fixture(scope="module")
-def alone(run_it: Any) -> Any:
-    """A run of one process that was stopped."""
-    return run_it(*LAYOUTS["one"], *EVALUATE, *STEADY, "--save_total_limit=1")
-
-
-@pytest.fixture(scope="module")
-def stopped(run_it: Any, alone: Any) -> dict[str, Any]:
-    """Runs of one process that stopped early: by the layout, below a threshold, and of all weights."""
-    split = (*LAYOUTS["split"], *EVALUATE, *STEADY, "--save_total_limit=1")
-    threshold = ("--eval_steps=2", "--early_stopping_patience=1", "--early_stopping_threshold=100", "--save_steps=3")
-    threshold = (*LAYOUTS["one"], *threshold, "--learning_rate=1e-4", "--num_train_epochs=8")
-    whole = ("--full_finetuning", "--eval_steps=2", "--load_best_model_at_end", "--early_stopping_patience=1")
-    whole = (*LAYOUTS["split"], *whole, RATE, "--num_train_epochs=8", "--warmup_steps=0")
-    in_turn = run_it.in_turn(split, threshold, whole)
-    return {"one": alone, **dict(zip(("split", "threshold", "all weights"), in_turn, strict=True))}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "ddp", "split"])
 def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_kept(
-    layout: str, run_it: Any, stopped: dict[str, Any]
+    layout: str, compared: Callable[[str], Any]
 ) -> None:
-    run = stopped.get(layout) or run_it(*LAYOUTS[layout], *EVALUATE, *STEADY, "--save_total_limit=1")
+    run = compared(f"stopped, {layout}")
     losses, end = held_out(run.run), run.report["stopped_early_at_step"]
     during = {step: loss for step, loss in losses.items() if step > 0}
     best = min(during, key=lambda step: during[step])
@@ -72,29 +39,31 @@ def test_training_stops_when_the_held_out_loss_rises_and_the_best_weights_are_ke
     assert saved == (run.run / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
 
 
-def test_progress_below_the_threshold_is_none(stopped: dict[str, Any]) -> None:
-    run = stopped["threshold"]
+def test_progress_below_the_threshold_is_none(compared: Callable[[str], Any]) -> None:
+    run = compared("stopped, threshold")
     # The first evaluation is progress from nothing; the second is not enough.
     assert run.report["stopped_early_at_step"] == 4
     assert "best_step" not in run.report
     assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_a_resumed_run_goes_on_counting(run_it: Any, alone: Any) -> None:
+def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any]) -> None:
     """Cut off between the best evaluation and the last one."""
+    alone = compared("stopped, one")
     best, stopped = alone.report["best_step"], alone.report["stopped_early_at_step"]
-    cut = run_it(*LAYOUTS["one"], *EVALUATE, *STEADY, "--save_steps=2", f"--max_steps={best + 2}")
+    (cut,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
     shutil.rmtree(cut.run / "adapter")
     config = cut.run / "config.yaml"
     config.write_text(config.read_text().replace(f"max_steps: {best + 2}", "max_steps: -1"))
-    resumed = run_it("resume", str(cut.run), base=False)
+    resumed = tune("resume", str(cut.run), base=False)
     assert f"resuming from checkpoint-{best + 2}" in resumed.out
+    assert f"stopped early after step {stopped}" in resumed.out
     assert (cut.report["best_step"], cut.report["stopped_early_at_step"]) == (best, stopped)
     assert cut.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
-def test_a_run_without_an_evaluation_is_refused(run_it: Any) -> None:
-    ended = run_it.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
+def test_a_run_without_an_evaluation_is_refused(tune: Any) -> None:
+    ended = tune.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
     assert ended.code == 2
     assert "eval_steps = 6, and the run has 5 steps" in ended.err
 
@@ -128,9 +97,9 @@ def test_only_old_complete_checkpoints_go(keep: int | None, best: int | None, le
     assert names == sorted(["checkpoint-1", "checkpoint-mine", *(f"checkpoint-{step}" for step in left)])
 
 
-def test_the_best_of_all_weights_are_kept_too(stopped: dict[str, Any]) -> None:
+def test_the_best_of_all_weights_are_kept_too(compared: Callable[[str], Any]) -> None:
     """Head and embedding are one weight here, on two devices."""
-    run = stopped["all weights"]
+    run = compared("stopped, all weights")
     best = run.report["best_step"]
     assert best < run.report["steps"]
     assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from compared_runs import EPOCHS, FUSED, LAYOUTS, TIED
 from torch.nn.functional import cross_entropy
 
 from parallel_tune.data import EncodedRow
 
 GLOBAL_BATCH, SEED, RATE, WARMUP = 12, 3407, 2e-3, 5
 STEPS, SHARED_STEPS = 20, 10
-EPOCHS, SHARED_EPOCHS = 4, 2
-"""Of the layouts' runs, and of those that other tests share."""
+SHARED_EPOCHS = 2
+"""Of the runs that most tests share."""
 
 TOLERANCE = 1e-5
 
@@ -114,54 +115,15 @@ def test_the_rows_are_hard(rows: tuple[Rows, Rows]) -> None:
     assert [len(ids) for ids in sample_ids(EPOCHS)] == [12, 12, 12, 12, 5] * EPOCHS
 
 
-FUSED = "--cross_entropy=fused"
-LAYOUTS = {
-    "single process": (1, ("--hardware=cpu:1",)),
-    "ddp on 2": (2, ("--strategy=ddp", "--hardware=cpu:2")),
-    "ddp on 3": (3, ("--strategy=ddp", "--hardware=cpu:3")),
-    "model_parallel on 2": (1, ("--strategy=model_parallel", "--hardware=cpu:2")),
-    "model_parallel on 3": (1, ("--strategy=model_parallel", "--hardware=cpu:3")),
-    "padded ddp on 2": (2, ("--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "padded, three rows": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=3", "--padding_free=off")),
-    "ddp on 2, a row": (2, ("--strategy=ddp", "--hardware=cpu:2", "--per_device_train_batch_size=1")),
-    "all rows at once": (1, ("--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
-    "lanes, three rows": (
-        1,
-        ("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on", "--per_device_train_batch_size=3"),
-    ),
-    "fused loss": (1, (FUSED, "--hardware=cpu:1", "--per_device_train_batch_size=12", "--padding_free=on")),
-    "fused loss, padded ddp on 2": (2, (FUSED, "--strategy=ddp", "--hardware=cpu:2", "--padding_free=off")),
-    "fused loss, model_parallel on 3": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:3")),
-    "fused loss, lanes": (1, (FUSED, "--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on")),
-}
-"""A number of processes, which train all layouts of that number in turn, and options."""
-
-
-@pytest.fixture(scope="module")
-def layout_run(tune: Any) -> Callable[[str], Any]:
-    """Gives the run of a layout."""
-    runs: dict[str, Any] = {}
-
-    def give(layout: str) -> Any:
-        if layout not in runs:
-            processes, _ = LAYOUTS[layout]
-            alike = {name: options for name, (others, options) in LAYOUTS.items() if others == processes}
-            long = f"--num_train_epochs={EPOCHS}"
-            runs.update(zip(alike, tune.in_turn(*((long, *options) for options in alike.values())), strict=True))
-        return runs[layout]
-
-    return give
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_are_the_references(
     layout: str,
-    layout_run: Callable[[str], Any],
+    compared: Callable[[str], Any],
     adapted: tuple[list[float], list[float], float],
     rows: tuple[Rows, Rows],
 ) -> None:
     _, options = LAYOUTS[layout]
-    run = layout_run(layout)
+    run = compared(layout)
     losses, norms, held_out = adapted
     assert [row["step"] for row in run.metrics] == list(range(1, STEPS + 1))
     assert run.losses == pytest.approx(losses, rel=TOLERANCE)
@@ -209,16 +171,6 @@ def test_the_adapter_gives_the_same_loss_in_plain_peft(
     assert run.report["held_out_loss_after"] < before
 
 
-TIED = {"plain loss": (), "fused loss": (FUSED,), "fused loss, lanes": (FUSED, "--pipeline=on")}
-
-
-@pytest.fixture(scope="module")
-def tied_runs(tune: Any) -> dict[str, Any]:
-    """Runs that train all weights of the tied model, split in three."""
-    split = ("--strategy=model_parallel", "--hardware=cpu:3", "--full_finetuning", "--weight_decay=0")
-    return dict(zip(TIED, tune.in_turn(*((*split, *options) for options in TIED.values())), strict=True))
-
-
 @pytest.fixture(scope="module")
 def tied_losses(tied_model: Path, rows: tuple[Rows, Rows]) -> list[float]:
     """The losses of the reference that trains all weights."""
@@ -229,11 +181,11 @@ def tied_losses(tied_model: Path, rows: tuple[Rows, Rows]) -> list[float]:
 
 @pytest.mark.parametrize("loss", TIED)
 def test_all_weights_of_a_tied_model_train_alike_in_a_split(
-    loss: str, tied_runs: dict[str, Any], tied_losses: list[float], rows: tuple[Rows, Rows]
+    loss: str, compared: Callable[[str], Any], tied_losses: list[float], rows: tuple[Rows, Rows]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    run = tied_runs[loss]
+    run = compared(loss)
     assert run.losses[:5] == pytest.approx(tied_losses[:5], rel=1e-4)
     saved = AutoModelForCausalLM.from_pretrained(run.run / "model", dtype=torch.float32)
     assert mean_loss(saved, rows[1]) == pytest.approx(run.report["held_out_loss_after"], rel=1e-6)

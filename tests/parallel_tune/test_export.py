@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exported_in_turn import Asked, exported_in_turn
+from started_commands import Ended
 from tiny_model import make_tiny_model
 
 import parallel_tune
@@ -50,16 +52,41 @@ def export(run: parallel_tune.Run, folder: Path, *options: str, **environment: s
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["ddp", "model_parallel"])
-def by_strategy(request: pytest.FixtureRequest, run: parallel_tune.Run) -> parallel_tune.Run:
-    """`run`, which model_parallel made, and the same by ddp."""
-    if request.param == "model_parallel":
-        return run
-    return parallel_tune.tune(
-        model=run.config.model, dataset=ROOT / "examples" / "short_answers.jsonl", hardware="cpu:2", max_steps=3,
-        max_seq_length=64, global_batch_size=4, learning_rate=3e-2, warmup_steps=0, strategy="ddp",
-        output_dir=run.path.with_name("ddp"),
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def adapter(run: parallel_tune.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the adapter of `run` lies as `out`, exported."""
+    folder = tmp_path_factory.mktemp("adapter")
+    done = export(run, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+Exports = tuple[parallel_tune.Run, dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def of_model_parallel(run: parallel_tune.Run, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """`run`, which model_parallel made, and its exports by their methods."""
+    folders = {"lora": adapter / "out"}
+    for method in ("merged_16bit", "merged_4bit"):
+        folder = tmp_path_factory.mktemp(method)
+        done = export(run, folder, "--save_method", method)
+        assert done.returncode == 0, done.stderr
+        folders[method] = folder / "out"
+    return run, folders
+
+
+@pytest.fixture(scope="module")
+def of_ddp(ddp_run: Ended, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """A run of ddp and its exports by their methods, from processes that share their imports."""
+    place = tmp_path_factory.mktemp("ddp")
+    folders = {method: place / method for method in ("lora", "merged_16bit", "merged_4bit")}
+    asked = [Asked(exporting.Export(method, str(folder)), place) for method, folder in folders.items()]
+    run = parallel_tune.Run(shutil.copytree(ddp_run.run, place / "run"))
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place)}
+    for said in exported_in_turn(run.path, asked, env):
+        assert said["code"] == 0, said
+    return run, folders
 
 
 def load(path: Path | str) -> Any:
@@ -69,31 +96,31 @@ def load(path: Path | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
 def test_adapter_and_merged_models_load_elsewhere_and_give_the_same_logits(
-    by_strategy: parallel_tune.Run, tmp_path: Path
+    strategy: str, request: pytest.FixtureRequest
 ) -> None:
-    run = by_strategy
-    for method in ("lora", "merged_16bit", "merged_4bit"):
-        done = export(run, tmp_path / method, "--save_method", method)
-        assert done.returncode == 0, done.stderr
+    run, folders = request.getfixturevalue(f"of_{strategy}")
     import torch
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    merged_folder = tmp_path / "merged_16bit" / "out"
-    ids = AutoTokenizer.from_pretrained(merged_folder)("The quick brown fox", return_tensors="pt")["input_ids"]
+    assert run.plan.strategy == strategy
+    ids = AutoTokenizer.from_pretrained(folders["merged_16bit"])("The quick brown fox", return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         base = load(run.config.model)(ids).logits
-        adapted = PeftModel.from_pretrained(load(run.config.model), str(tmp_path / "lora" / "out"))(ids).logits
-        merged = load(merged_folder)(ids).logits
-        in_4bit = load(tmp_path / "merged_4bit" / "out")(ids).logits
+        adapted = PeftModel.from_pretrained(load(run.config.model), str(folders["lora"]))(ids).logits
+        merged = load(folders["merged_16bit"])(ids).logits
+        in_4bit = load(folders["merged_4bit"])(ids).logits
     moved, off = (adapted - base).abs().max(), (merged - adapted).abs().max()
     # 4-bit weights are rounded far more; the model is still the trained one.
     assert (in_4bit - adapted).norm() < (in_4bit - base).norm()
     # What is left is the rounding of the weights to 16 bit.
     assert off < moved / 20
-    assert "16" in json.loads((merged_folder / "config.json").read_text())["dtype"]
-    quantization = json.loads((tmp_path / "merged_4bit" / "out" / "config.json").read_text())["quantization_config"]
+    assert "16" in json.loads((folders["merged_16bit"] / "config.json").read_text())["dtype"]
+    quantization = json.loads((folders["merged_4bit"] / "config.json").read_text())["quantization_config"]
     assert quantization["bnb_4bit_quant_type"] == "nf4"
 
 
@@ -107,11 +134,9 @@ def test_a_damaged_adapter_is_not_exported(run: parallel_tune.Run, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Run, tmp_path: Path) -> None:
-    done = export(run, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    card = (tmp_path / "out" / "README.md").read_text()
+def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Run, adapter: Path) -> None:
+    assert (adapter / "out" / "adapter_model.safetensors").exists()
+    card = (adapter / "out" / "README.md").read_text()
     for said in (
         "library_name: peft",
         "| learning_rate | 0.03 |",
@@ -120,7 +145,7 @@ def test_the_adapter_comes_with_a_card_that_tells_no_paths(run: parallel_tune.Ru
     ):
         assert said in card
     assert "/" not in card.split("## Versions")[0].replace("tokens/s", "")
-    again = export(run, tmp_path)
+    again = export(run, adapter)
     assert again.returncode == 2
     assert "is there already" in again.stderr
 

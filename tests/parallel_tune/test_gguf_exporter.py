@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in_llama_cpp import contents, make_llama_cpp
+from exported_in_turn import Asked, exported_in_turn
+from stand_in_llama_cpp import QUANTIZER, contents, make_llama_cpp
+from started_commands import Ended, Once
 
 from parallel_tune import export as exporting
 from parallel_tune import gguf_means
@@ -24,6 +26,8 @@ from parallel_tune.unsloth_gguf import environment
 from strategies.contracts import Hardware
 from strategies.errors import ConfigError
 
+IMPORT_AS_WITH_A_GPU = {"UNSLOTH_ALLOW_CPU": "1"}
+"""Unsloth's own way to be tested without one; it also leaves trl's trainers alone, whose rewriting takes seconds."""
 NO_HELP = "#!/bin/sh\nexit 127\n"
 
 
@@ -154,102 +158,98 @@ except RuntimeError as error:
     assert "UNSLOTH_AUTO_INSTALL=0" in done.stdout
 
 
-# The worker on a machine without GPUs: Unsloth empties a GPU's cache there, and torch has none for a CPU.
-WORKER = """
-import sys, torch
-torch.cpu.empty_cache = lambda: None
-from parallel_tune.export_worker import main
-main(sys.argv[1:])
-"""
 FORBIDDEN = ("sudo", "apt-get", "apt", "git", "cmake", "make", "curl", "pip", "pip3", "uv")
+# What Unsloth would mend by installing packages.
+BROKEN_CONVERTER = "raise ModuleNotFoundError(\"No module named 'mistral_common'\")"
 
 
-@pytest.fixture(scope="module")
-def run(tune: Any, tied_model: Path) -> Path:
-    """A finished run whose adapter moves the weights."""
-    path: Path = tune("--hardware=cpu:1", "--max_steps=3", f"--model={tied_model}").run
-    return path
-
-
-def export(run: Path, llama_cpp: Path, folder: Path, *types: str) -> tuple[dict[str, Any], Path]:
-    """What the worker says of its end; beside its files a log of programs that it must not call."""
+def asked(folder: Path, llama_cpp: Path, *types: str) -> Asked:
+    """An export in a folder, where programs that it must not call leave a log."""
     wanted = exporting.Export(
         "gguf", str(folder / "out"), types, None, "unsloth", str(llama_cpp / "convert_hf_to_gguf.py"),
         str(llama_cpp / "build" / "bin" / "llama-quantize"),
     )  # fmt: skip
-    exporting.unfinished(folder / "out").mkdir()
-    called, programs = folder / "called", folder / "programs"
+    programs = folder / "programs"
     programs.mkdir()
     for name in FORBIDDEN:
-        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {called}\n')
+        (programs / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {folder / "called"}\n')
         (programs / name).chmod(0o755)
-    env = os.environ | {
-        "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HOME": str(folder), "PATH": f"{programs}:/usr/bin:/bin",
-        "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR": "/none", "UNSLOTH_LLAMA_CPP_CONVERTER_TAG": "b1", "PIP_NO_INDEX": "1",
-        "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9",
-    }  # fmt: skip
-    (run / "logs" / "export.json").unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(run)], input=json.dumps({"wanted": asdict(wanted), "card": "its card"}),
-        env=env, capture_output=True, text=True, cwd=folder, timeout=300, check=False,
-    )  # fmt: skip
-    assert (run / "logs" / "export.json").exists(), done.stderr
-    said: dict[str, Any] = json.loads((run / "logs" / "export.json").read_text())
-    return said | {"log": done.stdout + done.stderr}, called
+    return Asked(wanted, folder, {"HOME": str(folder), "PATH": f"{programs}:/usr/bin:/bin"})
 
 
-def merged(run: Path, folder: Path) -> dict[str, Any]:
-    """The weights of the same run's merged model, by their names."""
+@pytest.fixture(scope="module")
+def exports(single_run: Any, once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exports of a run whose adapter moves the weights: each lies in a folder of its name, beside what it said."""
+
+    def make() -> Ended:
+        place = tmp_path_factory.mktemp("exports")
+        each = {"f16": ("f16",), "several": ("q4_k_m", "auto", "q8_0"), "quantizer": ("f16",), "converter": ("f16",)}
+        asked_for = []
+        for name, types in each.items():
+            (place / name).mkdir()
+            llama_cpp = make_llama_cpp(place / name / "cpp", NO_HELP if name == "quantizer" else QUANTIZER)
+            if name == "converter":
+                (llama_cpp / "conversion" / "base.py").write_text(BROKEN_CONVERTER)
+            asked_for.append(asked(place / name, llama_cpp, *types))
+        # In the working directory, where the exporter would put its first file by this name.
+        (place / "f16" / "model.F16.gguf").write_text("another's")
+        asked_for.append(Asked(exporting.Export("merged_16bit", str(place / "merged")), place))
+        env = os.environ | IMPORT_AS_WITH_A_GPU | {
+            "HF_HUB_OFFLINE": "1", "HOME": str(place), "UNSLOTH_LLAMA_CPP_SCRIPTS_DIR": "/none",
+            "UNSLOTH_LLAMA_CPP_CONVERTER_TAG": "b1", "PIP_NO_INDEX": "1", "HTTPS_PROXY": "http://127.0.0.1:9",
+            "HTTP_PROXY": "http://127.0.0.1:9",
+        }  # fmt: skip
+        run = shutil.copytree(single_run.run, place / "run")
+        for name, said in zip([*each, "merged"], exported_in_turn(run, asked_for, env), strict=True):
+            (place / f"{name}.json").write_text(json.dumps(said))
+        return Ended(0, "", "", place)
+
+    return once("unsloths_exports", make).run
+
+
+def said_of(exports: Path, name: str) -> dict[str, Any]:
+    """What the worker of an export said of its end; it must have called none of the programs that it must not call."""
+    called = exports / name / "called"
+    assert not called.exists(), called.read_text()
+    said: dict[str, Any] = json.loads((exports / f"{name}.json").read_text())
+    return said
+
+
+def test_the_real_exporter_writes_the_merged_weights_and_leaves_the_checkout_alone(
+    exports: Path, tmp_path: Path
+) -> None:
+    import gguf
     from safetensors.torch import load_file
 
-    command = [sys.executable, "-P", "-m", "parallel_tune", "export", str(run), "--save_method", "merged_16bit"]
-    subprocess.run([*command, "--save_path", str(folder)], check=True, capture_output=True, timeout=300)
-    return {name: tensor for part in folder.glob("*.safetensors") for name, tensor in load_file(part).items()}
-
-
-def test_the_real_exporter_writes_the_merged_weights_and_leaves_the_checkout_alone(run: Path, tmp_path: Path) -> None:
-    import gguf
-
-    llama_cpp = make_llama_cpp(tmp_path / "cpp")
-    before = contents(llama_cpp)
-    # In the working directory, where the exporter would put its first file by this name.
-    (tmp_path / "model.F16.gguf").write_text("another's")
-    said, called = export(run, llama_cpp, tmp_path, "f16")
+    said, folder = said_of(exports, "f16"), exports / "f16"
     assert said["code"] == 0, said["log"]
     assert "Unsloth: All GGUF conversions completed successfully!" in said["log"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-f16.gguf", "README.md"}
-    weights = merged(run, tmp_path / "merged")
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf").tensors}
+    assert {path.name for path in (folder / "out").iterdir()} == {"model-f16.gguf", "README.md"}
+    assert said_of(exports, "merged")["code"] == 0
+    parts = (exports / "merged").glob("*.safetensors")
+    weights = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(folder / "out" / "model-f16.gguf").tensors}
     assert set(tensors) == set(weights)
     for name, weight in weights.items():
         assert (tensors[name] == weight.half().numpy()).all(), name
-    assert not called.exists(), called.read_text()
-    assert contents(llama_cpp) == before
-    left = {path.name for path in tmp_path.iterdir()} - {".cache", ".unsloth", ".config", ".triton"}
-    assert left == {"cpp", "out", "merged", "programs", "model.F16.gguf"}
-    assert (tmp_path / "model.F16.gguf").read_text() == "another's"
+    assert contents(folder / "cpp") == contents(make_llama_cpp(tmp_path / "cpp"))
+    left = {path.name for path in folder.iterdir()} - {".cache", ".unsloth", ".config", ".triton"}
+    assert left == {"cpp", "out", "programs", "model.F16.gguf"}
+    assert (folder / "model.F16.gguf").read_text() == "another's"
 
 
-def test_several_types_come_from_one_conversion_and_llama_quantize(run: Path, tmp_path: Path) -> None:
-    said, called = export(run, make_llama_cpp(tmp_path / "cpp"), tmp_path, "q4_k_m", "auto", "q8_0")
+def test_several_types_come_from_one_conversion_and_llama_quantize(exports: Path) -> None:
+    said = said_of(exports, "several")
     assert said["code"] == 0, said["log"]
-    files = {path.name for path in (tmp_path / "out").iterdir()}
+    files = {path.name for path in (exports / "several" / "out").iterdir()}
     assert files == {"model-q4_k_m.gguf", "model-bf16.gguf", "model-q8_0.gguf", "README.md"}
-    assert not called.exists(), called.read_text()
 
 
 @pytest.mark.parametrize("broken", ["quantizer", "converter"])
-def test_a_failure_is_said_and_nothing_is_installed(broken: str, run: Path, tmp_path: Path) -> None:
-    llama_cpp = make_llama_cpp(tmp_path / "cpp", NO_HELP) if broken == "quantizer" else make_llama_cpp(tmp_path / "cpp")
-    if broken == "converter":
-        # What Unsloth would mend by installing packages.
-        (llama_cpp / "conversion" / "base.py").write_text(
-            "raise ModuleNotFoundError(\"No module named 'mistral_common'\")"
-        )
-    said, called = export(run, llama_cpp, tmp_path, "f16")
+def test_a_failure_is_said_and_nothing_is_installed(broken: str, exports: Path) -> None:
+    said = said_of(exports, broken)
     assert said["code"] == 1
     assert "Unsloth's exporter failed" in said["message"]
     assert "CUDA_VISIBLE_DEVICES" in said["hint"]
     assert "reinstall" not in said["log"]
-    assert not (tmp_path / "out").exists()
-    assert not called.exists(), called.read_text()
+    assert not (exports / broken / "out").exists()

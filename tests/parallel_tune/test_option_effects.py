@@ -35,7 +35,7 @@ EFFECTS = {
     "target_modules": "test_options.py::test_the_named_modules_are_adapted",
     "use_rslora": "test_options.py::test_adapter_options_are_in_the_adapter",
     "use_dora": "test_options.py::test_dora_and_biases_train_alike_in_replicas_and_in_lanes",
-    "loftq_config": "test_loftq.py::test_a_merged_model_is_not_corrected_twice",
+    "loftq_config": "test_nf4.py::test_a_merged_model_is_not_corrected_twice",
     "random_state": "test_options.py::test_without_clipping_nothing_stops_sgd_and_with_it_nothing_moves",
     "dataset": "test_data_encoding.py::test_a_file_to_labels",
     "dataset_split": "test_option_values.py::test_the_named_split_and_configuration_are_read",

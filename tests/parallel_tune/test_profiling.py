@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,8 @@ def when(event: dict[str, Any]) -> float:
     return float(event["ts"])
 
 
-def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any) -> None:
-    ddp = ("--strategy=ddp", "--hardware=cpu:2", "--num_train_epochs=3")
-    bare, run = tune.in_turn(ddp, (*ddp, "--profile_steps=1"))
+def test_steady_steps_are_traced_on_each_rank_and_change_nothing(compared: Callable[[str], Any]) -> None:
+    bare, run = compared("bare"), compared("profiled")
     assert run.losses == pytest.approx(bare.losses, rel=1e-6)
     for rank in (0, 1):
         counts = json.loads((run.run / "profile" / f"rank-{rank}.json").read_text())
@@ -47,9 +46,8 @@ def test_steady_steps_are_traced_on_each_rank_and_change_nothing(tune: Any) -> N
     assert log.index("1 steps profiled") > log.index("'loss'")
 
 
-def test_a_short_run_is_profiled_at_its_end(tune: Any) -> None:
-    small = replace(tune, base=(*tune.base, "--global_batch_size=2"))
-    run = small("--strategy=ddp", "--hardware=cpu:1", "--max_steps=3", "--profile_steps=9")
+def test_a_short_run_is_profiled_at_its_end(compared: Callable[[str], Any]) -> None:
+    run = compared("profiled, three steps")
     assert f"profile: {run.run / 'profile'}" in run.out
     assert json.loads((run.run / "profile" / "rank-0.json").read_text())["steps"] == 2
     assert FIRST_PROFILED > 3

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from started_commands import Command, Ended, clean_environment
+from started_commands import Command, Ended, Once, clean_environment
 from transformers import TrainerState
 
 from parallel_tune import rescue
@@ -221,14 +221,53 @@ def test_a_last_checkpoint_that_its_run_cannot_take_lies_elsewhere(
     assert ended.report["steps"] == 10
 
 
-@pytest.mark.parametrize("options", [DDP, SPLIT], ids=["ddp", "split"])
-def test_a_run_goes_on_without_a_checkpoint_that_cannot_be_written(
-    options: tuple[str, ...], tune: Any, single_run: Any
-) -> None:
-    """The adapter's file has room, the optimizer's has not."""
+@pytest.fixture(scope="module")
+def limited_ddp(tune: Any, single_run: Ended, third_party: Path, once: Once) -> Ended:
+    """A run of ddp in which no file may be much larger than the adapter's, then, after its checkpoint, not even so
+    large, wherever it lies, until somebody lifts that limit."""
+
+    def run() -> Ended:
+        size = (single_run.run / "adapter" / "adapter_model.safetensors").stat().st_size
+        notes = tune.folder / "limited"
+        notes.mkdir()
+        env = {"PYTHONPATH": str(third_party), "NOTES": str(notes), "FAULT": "hold:0:7"}  # in its third step
+        limited = ("prlimit", f"--fsize={size * 3 // 2}:unlimited", sys.executable)
+        options = ("--strategy=noted_ddp", "--hardware=cpu:2", "--max_steps=3", "--save_steps=2")
+        command = tune.start(*options, before=limited, env=env)
+        command.wait_for(notes / "held")
+        limit_files(command.run, size // 2)
+        (notes / "go").touch()
+        log = command.run / "logs" / "rank-0.log"
+        command.wait_until(lambda: "waiting for some" in log.read_text(), "waiting for some")
+        limit_files(command.run, resource.RLIM_INFINITY)
+        ended: Ended = command.wait()
+        return ended
+
+    return once("limited_ddp", run)
+
+
+def limit_files(run: Path, size: int) -> None:
+    """From now on the two ranks write no larger files."""
+    for rank in range(2):
+        pid = int((run / "logs" / f"rank-{rank}.pid").read_text())
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def limited_split(tune: Any, single_run: Ended) -> Ended:
+    """A run of model_parallel in which no file may be much larger than the adapter's."""
     room = (single_run.run / "adapter" / "adapter_model.safetensors").stat().st_size * 3 // 2
-    limited = ("prlimit", f"--fsize={room}", sys.executable)
-    ended = tune(*options, "--max_steps=3", "--save_steps=2", before=limited)
+    ended: Ended = tune(
+        *SPLIT, "--max_steps=3", "--save_steps=2", before=("prlimit", f"--fsize={room}", sys.executable)
+    )
+    return ended
+
+
+@pytest.mark.parametrize("limited", ["limited_ddp", "limited_split"])
+def test_a_run_goes_on_without_a_checkpoint_that_cannot_be_written(limited: str, request: Any) -> None:
+    """The adapter's file has room, the optimizer's has not."""
+    ended = request.getfixturevalue(limited)
+    assert ended.code == 0, ended.err
     assert "checkpoints that could not be written: of step 2" in ended.out
     assert "checkpoint-2 could not be written" in (ended.run / "logs" / "rank-0.log").read_text()
     assert "training goes on without it" in (ended.run / "logs" / "rank-0.log").read_text()
@@ -236,20 +275,10 @@ def test_a_run_goes_on_without_a_checkpoint_that_cannot_be_written(
     assert len(ended.losses) == 3
 
 
-def test_a_result_waits_for_room(tune: Any, single_run: Any) -> None:
-    """No file may be as large as the adapter's, wherever it lies, until somebody lifts that limit."""
-    room = (single_run.run / "adapter" / "adapter_model.safetensors").stat().st_size // 2
-    command = tune.start(*DDP, "--max_steps=2", before=("prlimit", f"--fsize={room}:unlimited", sys.executable))
-    log = command.run / "logs" / "rank-0.log"
-    command.wait_until(lambda: log.exists() and "waiting for some" in log.read_text(), "waiting for some")
-    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    for rank in range(2):
-        pid = int((command.run / "logs" / f"rank-{rank}.pid").read_text())
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
-    ended = command.wait()
-    assert ended.code == 0
-    assert load_file(ended.run / "adapter" / "adapter_model.safetensors")
-    assert len(ended.losses) == 2
+def test_a_result_waits_for_room(limited_ddp: Ended) -> None:
+    assert limited_ddp.code == 0
+    assert load_file(limited_ddp.run / "adapter" / "adapter_model.safetensors")
+    assert len(limited_ddp.losses) == 3
 
 
 def small_disk(folder: Path) -> tuple[str, ...]:

@@ -10,19 +10,25 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from started_commands import Alive, Command, Ended, Once, finding_processes
 
 DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
 SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
 DDP_PASSES, SPLIT_PASSES = 3, 6
 """Forward passes of one rank in a step."""
 
-Alive = Callable[[Path], list[int]]
+
+@pytest.fixture(scope="module")
+def alive() -> Iterator[Alive]:
+    """Finds the processes whose command line names a run, also for runs that several tests look at."""
+    with finding_processes() as find:
+        yield find
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -69,69 +75,121 @@ def test_a_folder_that_is_no_run_is_not_resumed(tune: Any, tmp_path: Path) -> No
     assert "is not a run directory" in ended.err
 
 
-def test_killing_the_parent_ends_all_and_a_torn_checkpoint_is_passed_over(
-    tune: Any, noting: dict[str, str], alive: Alive, ddp_run: Any, tmp_path: Path
-) -> None:
-    command = tune.start(*DDP, env=noting | {"FAULT": f"hold:1:{5 * DDP_PASSES + 2}"})
-    command.wait_for(tmp_path / "held")
-    command.send(signal.SIGKILL)
-    killed = command.wait()
-    assert killed.code == -signal.SIGKILL
-    wait_until_none(alive, killed.run)
-    assert checkpoints(killed.run) == ["checkpoint-2", "checkpoint-4"]
-    torn = killed.run / "checkpoint-4" / "optimizer.pt"
-    torn.write_bytes(torn.read_bytes()[:-100])
-    with (killed.run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a row that the kill tore
-    resumed = tune("resume", str(killed.run), base=False, env=noting, cwd=tmp_path)
-    assert "resuming from checkpoint-2" in resumed.out
-    rows = [line for line in (killed.run / "metrics.jsonl").read_text().splitlines() if line != '{"step": 6, "lo']
-    (killed.run / "metrics.jsonl").write_text("\n".join(rows))
-    losses = resumed_losses(resumed)
-    assert list(losses) == list(range(1, 11))
-    assert list(losses.values()) == pytest.approx(ddp_run.losses, rel=1e-6)
-    assert resumed.report["held_out_loss_after"] == pytest.approx(ddp_run.report["held_out_loss_after"], rel=1e-6)
-    assert (resumed.report["samples"], resumed.report["tokens"]) == (106, ddp_run.report["tokens"])
-    assert checkpoints(killed.run) == ["checkpoint-10", "checkpoint-8"]
+TORN_ROW = '{"step": 6, "lo'
 
 
-@pytest.mark.parametrize(
-    ("options", "passes", "whole", "signals"),
-    [
-        (DDP, DDP_PASSES, "ddp_run", [signal.SIGINT]),
-        # A closed terminal: a shell repeats what the kernel has said.
-        (SPLIT, SPLIT_PASSES, "split_run", [signal.SIGHUP, signal.SIGHUP]),
-    ],
-    ids=["ddp, interrupted", "split, its terminal closed"],
-)
-def test_a_signal_stops_in_order_and_the_run_goes_on(
-    options: tuple[str, ...],
-    passes: int,
-    whole: str,
-    signals: list[signal.Signals],
-    tune: Any,
-    noting: dict[str, str],
-    alive: Alive,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
-    command = tune.start(*options, env=noting | {"FAULT": f"hold:0:{6 * passes + 1}"})
-    command.wait_for(tmp_path / "held")
+class Faults:
+    """A folder in which the third party's strategies leave their notes, and the environment in which they fail."""
+
+    def __init__(self, tune: Any, third_party: Path, name: str, fault: str) -> None:
+        self.notes: Path = tune.folder / f"notes-{name}"
+        self.notes.mkdir()
+        self.env = {"PYTHONPATH": str(third_party), "NOTES": str(self.notes), "FAULT": fault}
+
+
+@pytest.fixture(scope="module")
+def killed(tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
+    """A run of ddp whose command was killed in its sixth step."""
+
+    def run() -> Ended:
+        faults = Faults(tune, third_party, "killed", f"hold:1:{5 * DDP_PASSES + 2}")
+        command = tune.start(*DDP, env=faults.env)
+        command.wait_for(faults.notes / "held")
+        command.send(signal.SIGKILL)
+        ended: Ended = command.wait()
+        wait_until_none(alive, ended.run)
+        assert checkpoints(ended.run) == ["checkpoint-2", "checkpoint-4"]
+        return ended
+
+    return once("killed", run)
+
+
+@pytest.fixture(scope="module")
+def interrupted(killed: Ended, tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
+    """The killed run, resumed beside a torn checkpoint and row, and interrupted in its seventh step."""
+
+    def run() -> Ended:
+        torn = killed.run / "checkpoint-4" / "optimizer.pt"
+        torn.write_bytes(torn.read_bytes()[:-100])
+        with (killed.run / "metrics.jsonl").open("a") as file:
+            file.write(TORN_ROW + "\n")
+        faults = Faults(tune, third_party, "interrupted", f"hold:0:{4 * DDP_PASSES + 1}")
+        command = tune.start("resume", str(killed.run), base=False, env=faults.env, cwd=faults.notes)
+        return stop_in_order(command, faults.notes, alive, signal.SIGINT)
+
+    return once("interrupted", run)
+
+
+@pytest.fixture(scope="module")
+def ended_alone(interrupted: Ended, tune: Any, third_party: Path, once: Once, alive: Alive) -> Ended:
+    """The interrupted run, resumed once more and trained to its end, at which rank 1 never ends by itself."""
+
+    def run() -> Ended:
+        faults = Faults(tune, third_party, "alone", "linger:1:0")
+        ended: Ended = tune("resume", str(interrupted.run), base=False, env=faults.env, cwd=faults.notes)
+        assert not alive(ended.run)
+        rows = (ended.run / "metrics.jsonl").read_text().splitlines()
+        (ended.run / "metrics.jsonl").write_text("\n".join(row for row in rows if row != TORN_ROW))
+        return ended
+
+    return once("ended_alone", run)
+
+
+def stop_in_order(command: Command, notes: Path, alive: Alive, *signals: signal.Signals) -> Ended:
+    """Signal a run that is held in its seventh step, and let it go."""
+    command.wait_for(notes / "held")
     for number in signals:
         command.send(number)
         command.wait_for_word("stopping after this step")
-    (tmp_path / "go").touch()
+    (notes / "go").touch()
     stopped = command.wait()
+    assert not alive(stopped.run)
+    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
+    return stopped
+
+
+def check_stop_and_resume(stopped: Ended, resumed: Ended, uninterrupted: Ended) -> None:
+    """What was said at the stop, and that the steps are those of a run without it."""
     assert stopped.code == 75, stopped.err
     message, hint = stopped.err.splitlines()[-2:]
     assert "stopped by a signal after step 7 of 10; checkpoint-7 is on disk" in message
     assert f"parallel-tune resume {stopped.run}" in hint
-    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
-    assert not alive(stopped.run)
-    resumed = tune("resume", str(stopped.run), base=False, env=noting)
-    losses = resumed_losses(resumed)
-    uninterrupted = request.getfixturevalue(whole)
-    assert list(losses.values()) == pytest.approx(uninterrupted.losses, rel=1e-6)
+    assert "resuming from checkpoint-7" in resumed.out
+    assert list(resumed_losses(resumed).values()) == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+def test_killing_the_parent_ends_all_and_a_torn_checkpoint_is_passed_over(
+    killed: Ended, interrupted: Ended, ended_alone: Ended, ddp_run: Any
+) -> None:
+    assert killed.code == -signal.SIGKILL
+    assert "resuming from checkpoint-2" in interrupted.out
+    losses = resumed_losses(ended_alone)
+    assert list(losses) == list(range(1, 11))
+    assert list(losses.values()) == pytest.approx(ddp_run.losses, rel=1e-6)
+    report = ended_alone.report
+    assert report["held_out_loss_after"] == pytest.approx(ddp_run.report["held_out_loss_after"], rel=1e-6)
+    assert (report["samples"], report["tokens"]) == (106, ddp_run.report["tokens"])
+    assert checkpoints(ended_alone.run) == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_a_signal_stops_a_run_of_ddp_in_order_and_it_goes_on(
+    interrupted: Ended, ended_alone: Ended, ddp_run: Any
+) -> None:
+    check_stop_and_resume(interrupted, ended_alone, ddp_run)
+
+
+def test_a_closed_terminal_stops_a_split_in_order_and_it_goes_on(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path, split_run: Any
+) -> None:
+    """A shell repeats what the kernel has said."""
+    command = tune.start(*SPLIT, env=noting | {"FAULT": f"hold:0:{6 * SPLIT_PASSES + 1}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGHUP, signal.SIGHUP)
+    check_stop_and_resume(stopped, tune("resume", str(stopped.run), base=False, env=noting), split_run)
+
+
+def test_a_rank_that_never_ends_is_not_waited_for(ended_alone: Ended) -> None:
+    """Rank 0 has said that all is done and on disk."""
+    assert ended_alone.report["steps"] == 10
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tune: Any, split_run: Any, tmp_path: Path) -> None:
@@ -192,13 +250,6 @@ def test_a_killed_rank_is_named_and_ends_the_others(tune: Any, noting: dict[str,
     assert "rank-1.log" in ended.err.splitlines()[-1]
     assert not alive(ended.run)
     assert checkpoints(ended.run) == ["checkpoint-2"]
-
-
-def test_a_rank_that_never_ends_is_not_waited_for(tune: Any, noting: dict[str, str], alive: Alive) -> None:
-    """Rank 0 has said that all is done and on disk."""
-    run = tune(*DDP, "--max_steps=1", env=noting | {"FAULT": "linger:1:0"})
-    assert run.report["steps"] == 1
-    assert not alive(run.run)
 
 
 def test_a_killed_launcher_leaves_nobody_behind(

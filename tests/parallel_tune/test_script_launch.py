@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from tiny_model import make_tiny_model
 
+from parallel_tune.unneeded import QUANTIZERS
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "scripts"
 
@@ -33,10 +35,18 @@ def environment(folder: Path) -> dict[str, str]:
     return clean | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def launch(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def without_quantizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment as if none were installed: peft imports them wherever they are, which takes a second a process."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({QUANTIZERS}))\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def launch(folder: Path, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
-        env=environment(folder),
+        env=environment(folder) | (env or {}),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -46,7 +56,7 @@ def launch(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 
 
 def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_its_own(
-    tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, without_quantizers: dict[str, str]
 ) -> None:
     beside = tmp_path / "project"
     (beside / "strategies").mkdir(parents=True)
@@ -69,6 +79,7 @@ def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_it
         "out",
         "--max_steps",
         2,
+        env=without_quantizers,
     )
     assert done.returncode == 0, done.stderr
     # Two rows on each of two processes make four of the 266 rows a step.
@@ -81,8 +92,11 @@ def test_a_trainer_script_runs_on_every_device_beside_a_strategies_package_of_it
 
 
 @pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("model_parallel", 1)])
-def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path, strategy: str, processes: int) -> None:
-    done = launch(tmp_path, "--strategy", strategy, "--hardware", "cpu:2", SCRIPTS / "dpo.py", model, "out")
+def test_trls_dpo_runs_unmodified(
+    tmp_path: Path, model: Path, strategy: str, processes: int, without_quantizers: dict[str, str]
+) -> None:
+    options = ("--strategy", strategy, "--hardware", "cpu:2")
+    done = launch(tmp_path, *options, SCRIPTS / "dpo.py", model, "out", env=without_quantizers)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert len(list((tmp_path / "run" / "logs").glob("rank-*.json"))) == processes
@@ -91,10 +105,13 @@ def test_trls_dpo_runs_unmodified(tmp_path: Path, model: Path, strategy: str, pr
     assert float(epoch[-1]) == pytest.approx(3 * 2 * processes / 16, rel=0.01)
 
 
-def test_a_trainer_script_runs_in_one_process_too(tmp_path: Path, model: Path) -> None:
+def test_a_trainer_script_runs_in_one_process_too(
+    tmp_path: Path, model: Path, without_quantizers: dict[str, str]
+) -> None:
     data = ROOT / "examples" / "short_answers.jsonl"
     options = ("--strategy", "model_parallel", "--hardware", "cpu:2")
-    done = launch(tmp_path, *options, SCRIPTS / "train_lm.py", model, data, "out", "--max_steps", 2)
+    script = (SCRIPTS / "train_lm.py", model, data, "out", "--max_steps", 2)
+    done = launch(tmp_path, *options, *script, env=without_quantizers)
     assert done.returncode == 0, done.stderr
     assert "'epoch': '0.01504'" in done.stdout  # two steps of two of the 266 rows
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -118,8 +135,11 @@ def test_supervised_fine_tuning_runs_unmodified(tmp_path: Path, model: Path, scr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_under_model_parallel_a_script_is_one_process(tmp_path: Path, model: Path) -> None:
-    done = launch(tmp_path, "--strategy", "model_parallel", "--hardware", "cpu:2", SCRIPTS / "reward.py", model, "out")
+def test_under_model_parallel_a_script_is_one_process(
+    tmp_path: Path, model: Path, without_quantizers: dict[str, str]
+) -> None:
+    options = ("--strategy", "model_parallel", "--hardware", "cpu:2")
+    done = launch(tmp_path, *options, SCRIPTS / "reward.py", model, "out", env=without_quantizers)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert [path.name for path in (tmp_path / "run" / "logs").glob("rank-*.json")] == ["rank-0.json"]

@@ -315,11 +315,27 @@ def test_unequal_cards_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
 
 
+ON_TWO_STAGES = ("--strategy=model_parallel", "--hardware=cpu:2")
+
+
+@pytest.fixture(scope="module")
+def on_two_stages(tune: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, str]]:
+    """Runs without lanes and with them, and the line that each left."""
+    folder, ways = tmp_path_factory.mktemp("cache"), ("off", "on")
+    each = ((*ON_TWO_STAGES, f"--pipeline={way}", "--max_steps=8") for way in ways)
+    runs = tune.in_turn(*each, env={"XDG_CACHE_HOME": str(folder)})
+    lines = (folder / "parallel-tune" / "stages" / path_of(cpu_key()).name).read_text().splitlines()
+    return dict(zip(ways, zip(runs, lines, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("pipeline", ["off", "on"])
-def test_a_run_on_two_stages_writes_what_the_next_plan_reads(tune: Any, cache: Path, pipeline: str) -> None:
-    options = ("--strategy=model_parallel", "--hardware=cpu:2", f"--pipeline={pipeline}")
-    ended = tune(*options, "--max_steps=8", env={"XDG_CACHE_HOME": str(cache.parents[1])})
-    (line,) = path_of(cpu_key()).read_text().splitlines()
+def test_a_run_on_two_stages_writes_what_the_next_plan_reads(
+    tune: Any, cache: Path, on_two_stages: dict[str, tuple[Any, str]], pipeline: str
+) -> None:
+    options = (*ON_TWO_STAGES, f"--pipeline={pipeline}")
+    ended, line = on_two_stages[pipeline]
+    path_of(cpu_key()).parent.mkdir(parents=True)
+    path_of(cpu_key()).write_text(line + "\n")
     kept = json.loads(line)
     measured = ended.report["stage_seconds"]
     # Of eight steps the first two warm up.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from compared_runs import PACKED
 
 from parallel_tune.config import make_config
 from parallel_tune.engines.unsloth import UnslothEngine
@@ -23,10 +24,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(tune: Any) -> dict[str, Any]:
-    """A run of each layout; those of one process in turn."""
+    """A run of each layout, and one on packed rows; those of one process in turn."""
     unsloth = {name: ("--engine=unsloth", *options) for name, options in LAYOUTS.items()}
-    single, split = tune.in_turn(unsloth["single"], unsloth["split"])
-    return {"single": single, "ddp": tune(*unsloth["ddp"]), "split": split}
+    single, split, packed = tune.in_turn(unsloth["single"], unsloth["split"], (*unsloth["single"], *PACKED))
+    return {"single": single, "ddp": tune(*unsloth["ddp"]), "split": split, "packed": packed}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -37,6 +38,11 @@ def test_unsloth_trains_as_transformers_does(layout: str, runs: dict[str, Any], 
     assert run.losses == pytest.approx(single_run.losses, rel=1e-4)
     assert run.report["held_out_loss_after"] == pytest.approx(single_run.report["held_out_loss_after"], rel=1e-4)
     assert (run.run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_unsloth_trains_on_packed_rows_as_transformers_does(runs: dict[str, Any], packed_run: Any) -> None:
+    assert runs["packed"].report["engine"] == "unsloth"
+    assert runs["packed"].losses == pytest.approx(packed_run.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize(("path", "set_to"), [("plain", "1"), ("fused", None), ("auto", None)])

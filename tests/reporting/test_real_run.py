@@ -48,11 +48,26 @@ def make_rows(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def check_page(run: Path) -> dict[str, Any]:
+    """The figures on a run's page are those of its report, which is given back."""
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    html = (run / "report.html").read_text()
+    assert f"<b>{report['tokens']:,}</b>" in html
+    assert f"<b>{report['final_loss']:.4f}</b>" in html
+    assert f"<b>{report['held_out_loss_before']:.4f} → {report['held_out_loss_after']:.4f}</b>" in html
+    return report
+
+
+def test_a_run_of_two_processes_ends_with_its_page(ddp_run: Any) -> None:
+    check_page(ddp_run.run)
+    assert list((ddp_run.run / "tensorboard").glob("events.*"))
+
+
 def test_a_run_ends_with_its_page(tmp_path: Path, capsys: Any) -> None:
     model, rows, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
     make_model(model)
     make_rows(rows)
-    options = f"--model {model} --dataset {rows} --output_dir {run} --hardware cpu:2 --strategy ddp".split()
+    options = f"--model {model} --dataset {rows} --output_dir {run} --hardware cpu:2 --strategy model_parallel".split()
     options += ["--max_steps=3", "--global_batch_size=4", "--max_seq_length=64", "--val_size=4"]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     code = "import sys; from parallel_tune.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
@@ -72,12 +87,7 @@ def test_a_run_ends_with_its_page(tmp_path: Path, capsys: Any) -> None:
     assert list((run / "tensorboard").glob("events.*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "rows.jsonl", "run"]
 
-    report = json.loads((run / "report.json").read_text())
-    html = (run / "report.html").read_text()
-    assert f"<b>{report['tokens']:,}</b>" in html
-    assert f"<b>{report['final_loss']:.4f}</b>" in html
-    assert f"<b>{report['held_out_loss_before']:.4f} → {report['held_out_loss_after']:.4f}</b>" in html
-
+    report = check_page(run)
     capsys.readouterr()
     compare([run], tmp_path / "out")
     assert f"{report['tokens']:,}" in capsys.readouterr().out
