@@ -21,6 +21,7 @@ def main(folders: list[str]) -> NoReturn:
     held = []
     for run in (RunDir(Path(folder)) for folder in folders):
         redirect_output(run.log(int(os.environ.get("RANK", "0"))))
+        os.environ.pop("TENSORBOARD_LOGGING_DIR", None)  # the run before has set it to a folder of its own
         held.append(train(run, None))
     leave(0)
 
