@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
+
+from nvml_watch import NvmlWatch
 
 INTERVAL_SECONDS = 0.02
 BUSY_SHARE = 0.5
@@ -20,24 +21,12 @@ class _Samples:
     capped: list[bool] = field(default_factory=list)
 
 
-class CardClocks:
-    """Watches the first cards from a thread; a context manager. Without NVML it sees nothing, and says so."""
+class CardClocks(NvmlWatch):
+    """Watches the first cards; without NVML it sees nothing, and says so."""
 
     def __init__(self, cards: int, nvml: Any = None) -> None:
-        self._nvml = nvml
+        super().__init__(INTERVAL_SECONDS, nvml)
         self._samples = [_Samples() for _ in range(cards)]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> CardClocks:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
 
     def seen(self) -> list[dict[str, float]]:
         """Of each card: medians of the clock (MHz) and the power (W) while it worked, and the share of that time in
@@ -56,23 +45,17 @@ class CardClocks:
             )
         return found
 
-    def _watch(self) -> None:
-        nvml = self._nvml
-        if nvml is None:
-            try:
-                import pynvml as nvml
-            except ImportError:
-                return
-        try:
-            nvml.nvmlInit()
-            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(len(self._samples))]
-            while not self._over.wait(INTERVAL_SECONDS):
-                for handle, card in zip(handles, self._samples, strict=True):
-                    clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-                    watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-                    reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-                    card.clocks_mhz.append(clock)
-                    card.watts.append(watts)
-                    card.capped.append(bool(reasons & nvml.nvmlClocksThrottleReasonSwPowerCap))
-        except nvml.NVMLError:
-            return
+    def looking(self, nvml: Any) -> Callable[[], None]:
+        """Take a sample of each card."""
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(len(self._samples))]
+
+        def look() -> None:
+            for handle, card in zip(handles, self._samples, strict=True):
+                clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+                watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+                reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+                card.clocks_mhz.append(clock)
+                card.watts.append(watts)
+                card.capped.append(bool(reasons & nvml.nvmlClocksThrottleReasonSwPowerCap))
+
+        return look

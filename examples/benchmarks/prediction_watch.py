@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import threading
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 import psutil
+from nvml_watch import NvmlWatch
 
 INTERVAL_SECONDS = 0.02
 """Captured runs are at their peak for less than a tenth of a second."""
 
 
-class ProcessMemory:
-    """Watches a card's compute processes from a thread; a context manager.
+class ProcessMemory(NvmlWatch):
+    """Watches a card's compute processes.
 
     Args:
         root: counts only this process and what descends from it; None: all processes on the card.
@@ -25,42 +25,24 @@ class ProcessMemory:
     """
 
     def __init__(self, uuid: str, nvml: Any = None, root: int | None = None) -> None:
+        super().__init__(INTERVAL_SECONDS, nvml)
         self.peak_bytes: int | None = None
         self._uuid = uuid
-        self._nvml = nvml
         self._root = root
         self._ours: dict[int, bool] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> ProcessMemory:
-        self._thread.start()
-        return self
+    def looking(self, nvml: Any) -> Callable[[], None]:
+        """Add up what the processes hold."""
+        handle = nvml.nvmlDeviceGetHandleByUUID(self._uuid)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
+        def look() -> None:
+            processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            held = [process.usedGpuMemory for process in processes if self._counts(process)]
+            known = [size for size in held if size is not None]
+            if known:
+                self.peak_bytes = max(self.peak_bytes or 0, sum(known))
 
-    def _watch(self) -> None:
-        nvml = self._nvml
-        if nvml is None:
-            try:
-                import pynvml as nvml
-            except ImportError:
-                return
-        try:
-            nvml.nvmlInit()
-            handle = nvml.nvmlDeviceGetHandleByUUID(self._uuid)
-            while not self._over.wait(INTERVAL_SECONDS):
-                processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-                held = [process.usedGpuMemory for process in processes if self._counts(process)]
-                known = [size for size in held if size is not None]
-                if known:
-                    self.peak_bytes = max(self.peak_bytes or 0, sum(known))
-        except nvml.NVMLError:
-            return
+        return look
 
     def _counts(self, process: Any) -> bool:
         if self._root is None:
