@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 
-class NvmlWatch:
+class NvmlWatch(ABC):
     """A context manager that looks again and again as long as it is entered; not at all where NVML cannot be had.
 
     Args:
@@ -21,9 +22,9 @@ class NvmlWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
+    @abstractmethod
     def looking(self, nvml: Any) -> Callable[[], None]:
         """What one look does. An NVMLError of it ends the watch."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         self._thread.start()
