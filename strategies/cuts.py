@@ -28,6 +28,7 @@ class Passage(Protocol):
 
     def lend(self, weight: Tensor, device: torch.device) -> Tensor:
         """A copy of a weight of stage 0 on `device`, cut off from any graph; a leaf of this micro-batch's own."""
+        return self.carry([weight], device)[0]
 
     def arrive(self) -> None:
         """What crosses the boundary is there: the stage's own work begins."""

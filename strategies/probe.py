@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.cuts import CannotCutError, Cuts, copies_on
+from strategies.cuts import CannotCutError, Cuts, Passage, copies_on
 from strategies.randomness import get_states, set_states
 from strategies.stages import Stages
 
@@ -55,7 +55,7 @@ def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-class _HookCheck:
+class _HookCheck(Passage):
     """A passage that looks whether saved-tensor hooks, as checkpoints have them, reach over a boundary."""
 
     def __init__(self, outside: Any) -> None:
@@ -69,9 +69,6 @@ class _HookCheck:
 
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         return copies_on(tensors, device)
-
-    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
-        return self.carry([weight], device)[0]
 
     def arrive(self) -> None:
         """Nothing is timed."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from strategies.cuts import copies_on, pass_through
+from strategies.cuts import Passage, copies_on, pass_through
 from strategies.stages import Stages
 
 
@@ -74,7 +74,7 @@ class _Segment:
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
-class _Take:
+class _Take(Passage):
     """The passage of a micro-batch that is recorded in this thread."""
 
     def __init__(self, stages: Stages, recorder: StageRecorder, lane: int) -> None:
@@ -104,9 +104,6 @@ class _Take:
         if was_running:
             self.arrive()
         return carried
-
-    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
-        return self.carry([weight], device)[0]
 
     def arrive(self) -> None:
         self._recorder.begin(self._lane, self.segments[-1].stage)
@@ -217,7 +214,7 @@ def record(
     return Recording(stages, inputs, take.segments, loss, crossed)
 
 
-class Alone:
+class Alone(Passage):
     """The passage of a micro-batch that has all devices to itself, in this thread and on its current streams."""
 
     def __init__(self, stages: Stages) -> None:
@@ -229,9 +226,6 @@ class Alone:
 
     def carry(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         return copies_on(tensors, device)
-
-    def lend(self, weight: Tensor, device: torch.device) -> Tensor:
-        return self.carry([weight], device)[0]
 
     def settle(self) -> None:
         """One stream a device keeps the order."""
