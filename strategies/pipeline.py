@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from strategies.ambient import Ambient, capture, entered
@@ -206,7 +206,7 @@ class Lanes:
         Reentrant ones run a backward pass inside the backward pass and some, such as Unsloth's offloading one, keep
         buffers that all threads share. Generators are only stored and restored where the forward uses them.
         """
-        for module in self._stages.model.modules():
+        for module in self._recomputing:
             own = getattr(module, "_gradient_checkpointing_func", None)
             if own is None:
                 continue
@@ -215,6 +215,15 @@ class Lanes:
             module._gradient_checkpointing_func = _Checkpoint(  # type: ignore[assignment]
                 checkpoint, use_reentrant=False, preserve_rng_state=keep_random
             )
+
+    @functools.cached_property
+    def _recomputing(self) -> tuple[nn.Module, ...]:
+        """Modules that have checkpoints, or may be given some: transformers goes by the same flag.
+
+        Searched once. There are thousands of modules, and in the 10 to 20 ms of a search before each run no GPU works.
+        """
+        flags = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        return tuple(module for module in self._stages.model.modules() if any(hasattr(module, flag) for flag in flags))
 
     def _execute(self, job: _Job) -> None:
         """Let the lanes do the job and wait until all have ended, also when this thread is interrupted meanwhile."""

@@ -234,6 +234,18 @@ def test_checkpoint_functions_come_back_at_close() -> None:
         lanes.run(batches(1), loss_of(model))
 
 
+def test_modules_are_searched_once_and_checkpoints_switched_on_later_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("lora")
+    with Lanes(split(model, CUTS[2], [CPU] * 2), 2) as lanes:
+        lanes.run(batches(1), loss_of(model))
+        checkpointing(model, "reentrant")
+        own = dissect(model).layers[0]._gradient_checkpointing_func
+        monkeypatch.setattr(type(model), "modules", lambda self: pytest.fail("all modules are walked through again"))
+        lanes.run(batches(1), loss_of(model))
+        assert all(module._gradient_checkpointing_func is not own for module in dissect(model).layers)
+    assert all(module._gradient_checkpointing_func is own for module in dissect(model).layers)
+
+
 def moe(auxiliary: bool) -> Any:
     more = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": auxiliary}
     return tiny(config="MixtralConfig", **more)
