@@ -38,13 +38,13 @@ def decide(
         measure: when to measure this machine's constants; see `parallel_tune.machine`.
         with_data: read the dataset where the lengths of its rows may make another plan.
     """
-    machine = know(hardware, measure)
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
     registry = load_registry()
     source, name = load_model_config(config.model)
     facts = facts_from_config(source, name)
     tracing.refuse_unknown(config, facts)
+    machine = know(hardware, measure, in_4bit=planning.in_4bit(config, facts))
     with tracing.process_for(config, facts, source) as process:
         facts = process.facts if process is not None else facts
         counted_by = tracing.counted_by(process, facts)

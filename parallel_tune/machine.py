@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import click
@@ -60,7 +61,8 @@ class Machine:
 def know(
     hardware: Hardware,
     when: When = "never",
-    measure: Callable[[Sequence[str]], Measured] = constants.in_child,
+    measure: Callable[[Sequence[str]], Measured] | None = None,
+    in_4bit: bool = False,
 ) -> Machine:
     """The constants of the devices.
 
@@ -68,6 +70,7 @@ def know(
         when: to measure: "never" takes seconds off nobody's plan; "missing" is for a training run; "always" because the
             user asked.
         measure: what measures; a child process but for tests.
+        in_4bit: the run's weights are, and what they take beside is wanted.
 
     Raises:
         ConfigError: the user asked, and there is no GPU here, or the devices are declared.
@@ -86,8 +89,11 @@ def know(
     said: list[str] = []
     for name, key in keys.items():
         known = constants.read(key)
-        if when == "always" or (when == "missing" and not constants.sufficient(known, len(hardware.devices))):
-            known, problem = _measure(name, key, hardware, known, measure)
+        had_4bit = known is not None and known.nf4_scratch_bytes is not None
+        wanted = key.bitsandbytes != "none" and (when == "always" or in_4bit or had_4bit)
+        missing = not constants.sufficient(known, len(hardware.devices), wanted)
+        if when == "always" or (when == "missing" and missing):
+            known, problem = _measure(name, key, hardware, known, measure, wanted)
             if problem and when == "always":
                 raise RunFailed(
                     f"the constants of {name} could not be measured: {problem}",
@@ -96,7 +102,7 @@ def know(
             said += [f"{name}: could not be measured: {problem}"] if problem else []
         if known is not None:
             found[name] = known
-        said.append(_sentence(name, known))
+        said.append(_sentence(name, known, in_4bit))
     return Machine(keys, {name: measured.constants for name, measured in found.items()}, tuple(said), keys)
 
 
@@ -150,7 +156,8 @@ def _measure(
     key: MachineKey,
     hardware: Hardware,
     known: Measured | None,
-    measure: Callable[[Sequence[str]], Measured],
+    measure: Callable[[Sequence[str]], Measured] | None,
+    in_4bit: bool,
 ) -> tuple[Measured | None, str]:
     """What was measured, or what was known before and why there is nothing newer."""
     click.echo(f"measuring the constants of {key.words}; kept for later runs", err=True)
@@ -160,21 +167,21 @@ def _measure(
     others = sorted((d for d in hardware.devices if d.index != first), key=lambda device: device.name != name)
     chosen = [uuids[first], *(uuids[device.index] for device in others[:1])]
     try:
-        return constants.measure_once(key, chosen, measure), ""
+        return constants.measure_once(key, chosen, measure or partial(constants.in_child, in_4bit=in_4bit), in_4bit), ""
     except NotMeasured as error:
         return known, str(error)
     except OSError as error:
         return known, f"the cache cannot be written: {error}"
 
 
-def _sentence(name: str, measured: Measured | None) -> str:
+def _sentence(name: str, measured: Measured | None, in_4bit: bool) -> str:
     if measured is None:
         return f"constants of {name}: {BUILT_IN}; a training run, or `plan --measure`, measures this machine's own"
     parts = [f"context {measured.context_bytes // MIB}", f"workspaces {measured.workspace_bytes // MIB}"]
     built_in = []
     for what, size in (("NCCL", measured.nccl_bytes), ("4-bit scratch", measured.nf4_scratch_bytes)):
         if size is None:
-            built_in.append(what)
+            built_in += [what] if in_4bit or what == "NCCL" else []
         else:
             parts.append(f"{what} {size // MIB}")
     rest = f"; {' and '.join(built_in)} built in" if built_in else ""

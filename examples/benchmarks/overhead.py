@@ -78,9 +78,11 @@ def measure(
         if all(map(has, sides.values())):
             continue
         if turn == 0 and not options.small:
-            # Once, so that the first to run does not read the libraries from the disk for the second one.
+            # Once, so that the first to run does not read the libraries from the disk for the second one; pip compiles
+            # packages as it installs them, ours among them, and a checkout's are compiled by their first import.
             say(f"{engine}: libraries are read")
-            libraries = f"import {'unsloth, ' * (engine == 'unsloth')}trl, peft, datasets"
+            libraries = f"import {'unsloth, ' * (engine == 'unsloth')}trl, peft, datasets, parallel_tune.__main__"
+            libraries += ", parallel_tune.commands, parallel_tune.decision, parallel_tune.live, parallel_tune.worker"
             with suppress(RuntimeError):  # the runs will say it
                 call([sys.executable, "-c", libraries], folder, timeout=options.run_seconds)
 

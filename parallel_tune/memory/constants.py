@@ -28,6 +28,7 @@ MEASURING_SECONDS = 240
 LARGEST_BYTES = 16 << 30
 """No constant is as large: a figure above it, or a context of nothing, is a measurement gone wrong."""
 
+IN_4BIT = "--in_4bit"
 MEASURE = (sys.executable, "-P", "-m", "parallel_tune.memory.measure")
 
 
@@ -40,6 +41,7 @@ class Measured:
     """What was measured; None for what this machine could not show.
 
     Attributes:
+        nf4_scratch_bytes: measured only where 4-bit weights were asked for.
         gpus: how many GPUs took part: NCCL needs two.
         notes: what went wrong with a part of it.
     """
@@ -114,17 +116,22 @@ def write(key: MachineKey, measured: Measured) -> None:
     write_object(path_of(key), {"format": FORMAT, "key": asdict(key), **asdict(measured)})
 
 
-def sufficient(measured: Measured | None, gpus: int) -> bool:
-    """Whether nothing is left to measure with so many GPUs."""
-    return measured is not None and measured.gpus >= min(2, gpus)
+def sufficient(measured: Measured | None, gpus: int, in_4bit: bool) -> bool:
+    """Whether nothing is left to measure with so many GPUs, for weights that may be in 4 bit."""
+    if measured is None or measured.gpus < min(2, gpus):
+        return False
+    return not in_4bit or measured.nf4_scratch_bytes is not None
 
 
-def measure_once(key: MachineKey, uuids: Sequence[str], measure: Callable[[Sequence[str]], Measured]) -> Measured:
+def measure_once(
+    key: MachineKey, uuids: Sequence[str], measure: Callable[[Sequence[str]], Measured], in_4bit: bool = False
+) -> Measured:
     """Measure, and keep it; of several processes that want to, one does and the others read what it found.
 
     Args:
         uuids: the GPU itself, and another for NCCL where there is one.
         measure: what does it; `in_child` but for tests.
+        in_4bit: what 4-bit weights take is wanted too.
 
     Raises:
         NotMeasured: it failed, and why.
@@ -133,7 +140,7 @@ def measure_once(key: MachineKey, uuids: Sequence[str], measure: Callable[[Seque
     asked = time.time()
     with _alone():
         found = _newer(key, asked)
-        if found is not None and sufficient(found, len(uuids)):
+        if found is not None and sufficient(found, len(uuids), in_4bit):
             return found
         found = replace(measure(uuids), measured_at=time.strftime("%Y-%m-%d %H:%M:%S"))
         write(key, found)
@@ -159,9 +166,15 @@ def _alone() -> Iterator[None]:
 
 
 def in_child(
-    uuids: Sequence[str], command: Sequence[str] = MEASURE, timeout_seconds: float = MEASURING_SECONDS
+    uuids: Sequence[str],
+    command: Sequence[str] = MEASURE,
+    timeout_seconds: float = MEASURING_SECONDS,
+    in_4bit: bool = False,
 ) -> Measured:
     """Measure in a process of its own, so that this one never holds a CUDA context.
+
+    Args:
+        in_4bit: what 4-bit weights take too; the import of bitsandbytes takes a second.
 
     Raises:
         NotMeasured: the process failed, took too long, or said nothing that can be read.
@@ -169,7 +182,7 @@ def in_child(
     env = {"NCCL_SOCKET_IFNAME": "lo", **os.environ, "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
     env.update(allocator_variables(env))
     with subprocess.Popen(
-        (*command, *uuids),
+        (*command, *uuids, *([IN_4BIT] if in_4bit else [])),
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

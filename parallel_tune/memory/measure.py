@@ -1,6 +1,6 @@
 """The short-lived process that measures a machine's constants on its GPUs.
 
-python -m parallel_tune.memory.measure UUID [UUID]     (CUDA_VISIBLE_DEVICES holds the same)
+python -m parallel_tune.memory.measure UUID [UUID] [--in_4bit]     (CUDA_VISIBLE_DEVICES holds the same)
 
 Prints one JSON object. The first GPU's figures count; the second one is there for NCCL. What lies outside torch's
 allocator is what NVML says of this process; where it does not say that, a difference of the card's use, so that other
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.memory.constants import IN_4BIT
 from parallel_tune.nvml import own_bytes
 from parallel_tune.process import die_with_parent, leave
 
@@ -88,15 +89,21 @@ def train_a_little(device: Any, dtype: Any) -> None:
     """Two optimizer steps with the operations of a decoder, so that the libraries load what a run makes them load."""
     import torch
     from torch.nn import functional
+    from torch.optim.adamw import adamw
 
     tokens, hidden, vocabulary = 256, 512, 4096
     table = torch.nn.Embedding(vocabulary, hidden, device=device, dtype=dtype)
     layer = torch.nn.Linear(hidden, 3 * hidden, bias=False, device=device, dtype=dtype)
     adapter = torch.nn.Linear(hidden, hidden, bias=False, device=device, dtype=torch.float32)
     head = torch.nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=dtype)
-    parameters = [*table.parameters(), *layer.parameters(), *adapter.parameters(), *head.parameters()]
+    parameters: list[torch.Tensor] = [
+        *table.parameters(),
+        *layer.parameters(),
+        *adapter.parameters(),
+        *head.parameters(),
+    ]
     ids = torch.arange(2 * tokens, device=device).remainder(vocabulary).view(2, tokens)
-    for optimizer in (torch.optim.AdamW(parameters, foreach=True), torch.optim.AdamW(parameters, fused=True)):
+    for fused in (False, True):
         for mask in (None, torch.ones(2, 1, tokens, tokens, dtype=torch.bool, device=device)):
             with torch.autocast(device.type, dtype):
                 states = table(ids)
@@ -108,8 +115,17 @@ def train_a_little(device: Any, dtype: Any) -> None:
             loss = functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments, squares = ([torch.zeros_like(gradient) for gradient in gradients] for _ in range(2))
+        steps = [torch.zeros((), device=device if fused else "cpu") for _ in gradients]
+        # An optimizer object would import all of torch's compiler first, which takes a second.
+        with torch.no_grad():
+            adamw(
+                parameters, gradients, moments, squares, [], steps, foreach=not fused, fused=fused, amsgrad=False,
+                beta1=0.9, beta2=0.999, lr=1e-3, weight_decay=0.01, eps=1e-8, maximize=False,
+            )  # fmt: skip
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def nf4_scratch_bytes(gpu: Gpu, dtype: Any) -> int | None:
@@ -179,8 +195,9 @@ def _give_back() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(uuids: list[str], store: Path) -> dict[str, Any]:
-    """The constants of the first GPU; `nccl_bytes` is None without a second one, with the reason if it failed.
+def measure(uuids: list[str], store: Path, in_4bit: bool) -> dict[str, Any]:
+    """The constants of the first GPU; `nccl_bytes` is None without a second one, with the reason if it failed, and
+    `nf4_scratch_bytes` unless 4-bit weights are asked for.
 
     Raises:
         RuntimeError: the card is in use by others, or CUDA does not work.
@@ -202,7 +219,7 @@ def measure(uuids: list[str], store: Path) -> dict[str, Any]:
         "context_bytes": gpu.outside_bytes(),
         "workspace_bytes": int(torch.cuda.memory_allocated(device)),
         "segment_bytes": int(segment_bytes),
-        "nf4_scratch_bytes": nf4_scratch_bytes(gpu, dtype),
+        "nf4_scratch_bytes": nf4_scratch_bytes(gpu, dtype) if in_4bit else None,
         "nccl_bytes": None,
         "gpus": len(uuids[:2]),
         "notes": [],
@@ -223,6 +240,7 @@ def main(arguments: list[str]) -> None:
     """Measure, print, and leave without waiting for NCCL's threads."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("uuids", nargs="+")
+    parser.add_argument(IN_4BIT, action="store_true", help="what 4-bit weights take too")
     parser.add_argument("--peer", type=Path, default=None, help="take part in NCCL's measurement through this file")
     options = parser.parse_args(arguments)
     if options.peer is not None:
@@ -233,7 +251,7 @@ def main(arguments: list[str]) -> None:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(options.uuids, Path(folder) / "store")), file=out, flush=True)
+            print(json.dumps(measure(options.uuids, Path(folder) / "store", options.in_4bit)), file=out, flush=True)
     leave(0)
 
 

@@ -27,7 +27,7 @@ def test_constants_are_measured_twice_alike_and_kept(
         pytest.skip("no GPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     hardware = probe_details(dict(os.environ)).hardware
-    machine = know(hardware, "missing")
+    machine = know(hardware, "missing", in_4bit=True)
     name = hardware.devices[0].name
     first = constants.read(machine.keys[name])
     assert first is not None, machine.said

@@ -101,14 +101,15 @@ def test_a_figure_that_cannot_be_is_measured_anew(name: str, value: object) -> N
     assert read(KEY) is None
 
 
-def test_the_child_sees_its_cards_and_no_others(tmp_path: Path) -> None:
+def test_the_child_sees_its_cards_and_no_others_and_is_told_of_4_bit(tmp_path: Path) -> None:
     body = """
         print("a library greets")
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aaaa,GPU-bbbb"
         print(json.dumps(SAID))
     """
-    assert in_child(UUIDS, child(tmp_path, body)) == FOUND
-    assert starts(tmp_path) == ["GPU-aaaa GPU-bbbb"]
+    for in_4bit in (False, True):
+        assert in_child(UUIDS, child(tmp_path, body), in_4bit=in_4bit) == FOUND
+    assert starts(tmp_path) == ["GPU-aaaa GPU-bbbb", "GPU-aaaa GPU-bbbb --in_4bit"]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,30 @@ def test_one_card_is_measured_again_when_a_second_one_comes(monkeypatch: pytest.
     assert asked == [UUIDS]
 
 
+def test_what_4_bit_weights_take_is_measured_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = two_h200s(monkeypatch)
+    asked: list[bool] = []
+
+    def in_child(_: Sequence[str], in_4bit: bool) -> Measured:
+        asked.append(in_4bit)
+        return FOUND if in_4bit else replace(FOUND, nf4_scratch_bytes=None)
+
+    monkeypatch.setattr(machine.constants, "in_child", in_child)
+    without = machine.know(hardware, "missing")
+    assert "4-bit" not in without.said[0]
+    assert "4-bit scratch built in" in machine.know(hardware, in_4bit=True).said[0]
+    assert "4-bit scratch 3" in machine.know(hardware, "missing", in_4bit=True).said[0]
+    machine.know(hardware, "missing")
+    machine.know(hardware, "missing", in_4bit=True)
+    assert asked == [False, True]
+    machine.know(hardware, "always")
+    # Where a machine has no bitsandbytes, nothing is there to be measured, however often it is asked.
+    monkeypatch.setattr(machine, "machine_key", lambda name, _: replace(KEY, gpu=name, bitsandbytes="none"))
+    for _ in range(2):
+        machine.know(hardware, "missing", in_4bit=True)
+    assert asked == [False, True, True, False]
+
+
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hardware = two_h200s(monkeypatch)
     (tmp_path / "file").write_text("")
@@ -296,12 +321,13 @@ def test_a_plan_says_whose_constants_it_has(monkeypatch: pytest.MonkeyPatch) -> 
     assert "measured here" in CliRunner().invoke(program, asked).output
 
 
-def test_the_measuring_steps_run_on_a_cpu_too() -> None:
-    import torch
-
-    from parallel_tune.memory.measure import train_a_little
-
-    train_a_little(torch.device("cpu"), torch.bfloat16)
+def test_the_measuring_steps_run_on_a_cpu_too_and_import_no_compiler() -> None:
+    code = (
+        "import sys, torch\nfrom parallel_tune.memory.measure import train_a_little\n"
+        "train_a_little(torch.device('cpu'), torch.bfloat16)\nprint('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 class BusyCard:
