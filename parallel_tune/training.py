@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accelerate import AutocastKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -189,7 +191,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
                 # Gradients that are let go of are made anew by the next step's first micro-batch, beside the buckets.
                 model.zero_grad = partial(self._forget_gradients, set_to_none=False)  # type: ignore[method-assign]
             # The loss of a split model lies where its head is.
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            with stays_in_training(model):
+                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
                 self._fetch_ahead()
             return loss.to(self.args.device)
@@ -205,7 +208,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _run_step(self, schedule: Schedule, model: Any, waiting: list[Any], num_items: Any) -> list[torch.Tensor]:
         """The losses of a step's micro-batches, after forward and backward of all."""
-        if not model.training:  # thousands of modules to walk through
+        if not model.training:
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -292,6 +295,22 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._save_error = error
+
+
+@contextmanager
+def stays_in_training(model: nn.Module) -> Iterator[None]:
+    """Within it a model that trains answers `train()` at once.
+
+    transformers calls it for each micro-batch, which walks through thousands of modules: 4 ms of an 8B's with adapters.
+    """
+    if not model.training or "train" in vars(model):
+        yield
+        return
+    model.train = lambda mode=True: model  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.train
 
 
 def read_adapters_onto(model: Any, device: torch.device) -> None:

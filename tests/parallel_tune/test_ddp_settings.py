@@ -29,7 +29,8 @@ from strategies.sessions import ReplicaSession, open_replica
 class Looking(ReplicaSession):
     def place(self, model):
         super().place(model)
-        self._model = model
+        self._model, self._walks, walk = model, [], type(model).train
+        model.train = lambda mode=True: self._walks.append(mode) or walk(model, mode)
 
     def close(self):
         wrappers = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
@@ -37,6 +38,7 @@ class Looking(ReplicaSession):
         said = {name: value for name, value in wrapper._get_ddp_logging_data().items() if isinstance(value, (int, str))}
         gradients = [each.grad for each in wrapper.parameters() if each.requires_grad]
         said["gradients_in_buckets"] = all(each is not None and each._is_view() for each in gradients)
+        said["walks"] = self._walks
         name = f"{self._reduce_dtype}-{self.rank}.json"
         with open(os.path.join(os.environ["NOTES"], name), "w") as file:
             json.dump(said, file)
@@ -89,6 +91,7 @@ def test_the_wrapper_is_set_for_dense_adapters(
         assert said["gradient_as_bucket_view"] == 1
         assert said["gradients_in_buckets"], "a step that lets go of its gradients makes a second copy in the next"
         assert said["find_unused_parameters"] == 0
+        assert said["walks"] == [False, True] * 3, "through all modules: for three evaluations, no micro-batch"
         assert said.get("static_graph", 0) == (accumulation == 1)
         assert ("bfloat16" in said.get("comm_hook", "")) == (reduce_dtype == "bfloat16")
     # Several micro-batches a step, whose gradients are summed once, and a flag of the signals' watch.
