@@ -47,7 +47,11 @@ class Gpu:
             nvml.nvmlInit()
         self.ordinal = ordinal
         self._nvml, self._handle = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
-        self._idle_bytes = _settled(self._card_bytes)  # this process has nothing there yet
+        # This process has nothing there yet. The import takes a second or two: who keeps still meanwhile has settled.
+        before = self._card_bytes()
+        import torch  # noqa: F401
+
+        self._idle_bytes = before if self._card_bytes() == before else _settled(self._card_bytes)
 
     def outside_bytes(self) -> int:
         """What this process has in use beside torch's allocator.
