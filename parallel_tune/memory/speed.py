@@ -10,15 +10,31 @@ from parallel_tune.memory.parameters import part_parameters
 from parallel_tune.memory.settings import TrainingSettings
 from strategies.contracts import Arrangement, Device, Part
 
-MATMUL_EFFICIENCY = {"transformers": 0.56, "unsloth": 0.8}
-"""Share of the device's sustained matrix rate that a training step reaches, beside what each pass costs anyway.
-Llama-8B LoRA at 2,048 tokens in a captured step does 10,200 tokens/s with transformers on an H100: 201 ms, of which 23
-a pass costs. Unsloth's fused kernels take 138 ms on an H200, which is no faster in products, and a third less than this
-says where a model is wider (tests/test_speed_measured.py)."""
+WIDTH = 4096
+"""Of an 8B Llama, at which most steps were measured (tests/test_speed_measured.py)."""
 
-PASS_COSTS_TOKENS = 256
+MATMUL_EFFICIENCY = {"transformers": 0.56, "unsloth": 0.74}
+"""Share of the device's sustained matrix rate that a step of that width reaches, beside what each pass costs anyway.
+Llama-8B LoRA at 2,048 tokens in a captured step takes 201 ms with transformers on an H100, of which 23 a pass costs.
+Unsloth's fused kernels take 137 ms on an H200, which is no faster in products."""
+
+NO_PRODUCT_SHARE = {"transformers": 0.53, "unsloth": 0.39}
+"""Share of such a step that is no matrix product: norms, rotations, activations, adapters. A token's products grow with
+the square of a model's width, the others with the width itself. Unsloth's by a 34B, twice as wide, at 1,024 tokens;
+that of transformers by what its step takes longer, as the products are the same ones."""
+
+PASS_COSTS_TOKENS = {"transformers": 256, "unsloth": 64}
 """What a pass costs however short, in tokens: reading all weights, and kernels too small to fill the device. Captured
-steps of an 8B model: 33 ms for 112 tokens, 57 ms for 448, 201 ms for 2,048 on an H100."""
+steps of an 8B model: 33 ms for 112 tokens, 57 ms for 448, 201 ms for 2,048 with transformers on an H100; some 36 ms for
+536, 62 for 1,018 and 137 for 2,048 with Unsloth on an H200."""
+
+UNPACKING_COSTS_TOKENS = 150
+"""What unpacking 4-bit weights costs, forward and backward, in tokens: 9 to 10 ms of an 8B's and 74 ms of a 70B's pass
+on an H200, the time in which its memory takes 2.5 bytes a weight twice."""
+
+LEAST_LAYER_SECONDS = {"transformers": 1e-3, "unsloth": 0.6e-3}
+"""What a layer takes forward and backward however small it is: kernels of some microseconds each. A 135M model's 30
+layers take 28 and 17 ms of a captured step on an H200, the optimizer's step and the host's part included."""
 
 HOST_SECONDS_PER_LAYER = {"transformers": 0.216 / 32, "unsloth": 0.43 / 36 * 0.47 / 0.68}
 """Host time of one layer's forward and backward without checkpointing, on the slow hosts of FACTS, Speed:
@@ -81,11 +97,15 @@ def _row_forward_flops(facts: ModelFacts, part: Part, tokens: int) -> tuple[floa
 def micro_batch_seconds(
     facts: ModelFacts, settings: TrainingSettings, part: Part, arrangement: Arrangement, device: Device
 ) -> float:
-    """Device seconds of one micro-batch: a roofline of matrix work alone."""
+    """Device seconds of one micro-batch: a roofline of matrix work, and on a GPU what comes with it."""
     flops = micro_batch_flops(facts, settings, part, arrangement)
-    if device.kind == "cuda":
-        flops *= 1 + PASS_COSTS_TOKENS / (arrangement.micro_batch * settings.sequence_length)
-    return flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY[settings.engine])
+    seconds = flops / (device.matmul_flops_per_second * MATMUL_EFFICIENCY[settings.engine])
+    if device.kind != "cuda":
+        return seconds
+    costs = PASS_COSTS_TOKENS[settings.engine] + (UNPACKING_COSTS_TOKENS if settings.load_in_4bit else 0)
+    seconds *= 1 + costs / (arrangement.micro_batch * settings.sequence_length)
+    seconds *= 1 + NO_PRODUCT_SHARE[settings.engine] * (WIDTH / facts.hidden_size - 1)
+    return max(seconds, LEAST_LAYER_SECONDS[settings.engine] * part.num_layers)
 
 
 def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangement) -> float:
