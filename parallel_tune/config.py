@@ -214,6 +214,24 @@ def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
     return names
 
 
+class _KeyTwice(Exception):
+    """A mapping has a key twice."""
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """YAML's safe reader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            # Merged mappings (<<) may be many, and what they bring may be overwritten: that is what they are for.
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise _KeyTwice(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a recipe, not yet validated.
 
@@ -221,11 +239,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}", "Give an existing YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}", "Write one `option: value` a line.") from error
+    except _KeyTwice as error:
+        raise ConfigError(f"{path}, {error}", "Keep one of them.") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
