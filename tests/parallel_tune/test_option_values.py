@@ -119,6 +119,11 @@ def test_an_evaluation_pass_has_no_more_tokens_than_training() -> None:
         ({"save_path": "out"}, "nothing is exported"),
         ({"hub_token": 5}, "hidden"),
         ({"report_to": "all,wandb"}, "stands alone"),
+        ({"val_size": 1.5}, "val_size = 1.5 is neither whole nor a share"),
+        ({"strategy": "ddp", "lanes": 4}, "ddp puts a whole one"),
+        ({"strategy": "ddp", "pipeline": "on"}, "ddp puts a whole one"),
+        ({"pipeline": "off", "lanes": 2}, "contradict"),
+        ({"pipeline": "on", "lanes": 1}, "contradict"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
