@@ -23,6 +23,19 @@ KNOWN_TYPES = frozenset(
 )
 """Model types whose layers the closed form describes; others need `plan --trace`."""
 
+_GEMMA3 = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+}  # fmt: skip
+CLASS_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "gemma2": {"head_dim": 256},
+    "gemma": {"head_dim": 256},
+    "qwen3": {"head_dim": 128},
+}
+"""What published configs leave to transformers' classes, and nothing else in them tells."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -109,12 +122,14 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
     nested = config.get("text_config")
     text: dict[str, Any] = {**config, **nested} if isinstance(nested, Mapping) else dict(config)
     model_type = str(config.get("model_type") or text.get("model_type") or "")
+    left_out = {name: value for name, value in CLASS_DEFAULTS.get(model_type, {}).items() if text.get(name) is None}
+    text.update(left_out)
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in needed if text.get(name) is None]
     if missing:
         raise ConfigError(
             f"{source} (model_type {model_type or 'unknown'!r}) has no usable {', '.join(missing)}",
-            "Only decoder-only language models with a Hugging Face config.json can be planned.",
+            "Only decoder-only language models whose config.json gives their sizes under these names can be planned.",
         )
     _check_counts(text, source, needed)
     heads = int(text["num_attention_heads"])
