@@ -56,6 +56,7 @@ class ModelFacts:
         extra_parameters: parameters beside the text model (a vision tower), held with the embedding.
         dtype: the dtype that the weights are published in.
         quantized_4bit: the repository holds bitsandbytes 4-bit weights.
+        other_quantization: what else the repository's weights are quantised by, e.g. "gptq".
         foreign_mixer: what brings tokens together beside full and windowed attention, e.g. "linear_attention" layers.
     """
 
@@ -86,6 +87,7 @@ class ModelFacts:
     extra_parameters: int = 0
     dtype: str = "bfloat16"
     quantized_4bit: bool = False
+    other_quantization: str = ""
     foreign_mixer: str = ""
     modules: ModuleNames = field(default_factory=ModuleNames)
 
@@ -170,6 +172,7 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         extra_parameters=_vision_parameters(vision, int(text["hidden_size"])) if isinstance(vision, Mapping) else 0,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         quantized_4bit=_is_quantized_4bit(config),
+        other_quantization=_other_quantization(config),
         foreign_mixer=_foreign_mixer(text),
         modules=_module_names(isinstance(nested, Mapping)),
     )
@@ -256,6 +259,15 @@ def _is_quantized_4bit(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and bool(
         quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
     )
+
+
+def _other_quantization(config: Mapping[str, Any]) -> str:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or _is_quantized_4bit(config):
+        return ""
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        return "bitsandbytes in 8 bit"
+    return str(quantization.get("quant_method") or "a method without a name")
 
 
 def _module_names(multimodal: bool) -> ModuleNames:
