@@ -17,9 +17,10 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import EXPERT_TARGETS, adapts_experts, layer_linears
+from parallel_tune.memory.parameters import adapts_experts
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
+from parallel_tune.targets import check_targets, unadapted
 from strategies.base import Estimator
 from strategies.contracts import (
     Checkpointing,
@@ -116,6 +117,7 @@ def _plan(
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
+        reasons=(*plan.reasons, *unadapted(config, facts)),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
@@ -201,7 +203,7 @@ def training_settings(
     Raises:
         ConfigError: DoRA was asked for where peft has none, or the model has none of the modules to adapt.
     """
-    _check_targets(config, facts)
+    check_targets(config, facts)
     if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
         raise ConfigError(
             f"use_dora: peft has no DoRA for the experts of {config.model}",
@@ -246,29 +248,6 @@ def in_4bit(config: TrainConfig, facts: ModelFacts) -> bool:
 
 def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
     return config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
-
-
-def _check_targets(config: TrainConfig, facts: ModelFacts) -> None:
-    if config.full_finetuning or "all-linear" in config.target_modules:
-        return
-    # Unsloth would train them in full beside the adapters, in float32; TRL refuses an adapter on a head.
-    outside = {name.rpartition(".")[2] for name in (*facts.modules.embedding, facts.modules.head)}
-    wanted = [target for target in config.target_modules if target.rpartition(".")[2] in outside]
-    if wanted:
-        raise ConfigError(
-            f"target_modules names {', '.join(wanted)}: embeddings and heads get no adapters",
-            "Name linear layers of the model's layers, or train all weights with --full_finetuning.",
-        )
-    if not facts.closed_form_known:
-        return
-    linears = {linear.name for layer in range(facts.num_layers) for linear in layer_linears(facts, layer)}
-    # What peft finds beside the layers' linears: other modules that have weights.
-    known = linears | set(EXPERT_TARGETS.get(facts.model_type, ())) | {"gate", "router"}
-    if not any(target.rpartition(".")[2] in known for target in config.target_modules):
-        raise ConfigError(
-            f"target_modules = {','.join(config.target_modules)}: {config.model} has no such linear layer",
-            f"It has {', '.join(sorted(linears))}; or use all-linear.",
-        )
 
 
 def _suggestions(

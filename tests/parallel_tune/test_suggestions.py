@@ -85,6 +85,30 @@ def test_adapters_for_nothing_are_refused() -> None:
     assert plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="self_attn.q_proj").fits
 
 
+def test_a_misspelt_target_is_refused_beside_right_ones() -> None:
+    """peft passes over names that it does not find as long as it finds one: fewer adapters trained than were meant."""
+    with pytest.raises(ConfigError, match="target_modules names qproj, which") as caught:
+        plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="qproj,v_proj")
+    assert "q_proj" in caught.value.hint
+    plan_of("1xH100-80GB", "google/gemma-3-4b-it", target_modules="q_proj,out_proj")  # of its vision tower
+    plan_of("8xH100-80GB", "mistralai/Mixtral-8x7B-v0.1", target_modules="q_proj,w1,w2,w3,gate")
+
+
+@pytest.mark.parametrize(
+    ("model", "there", "missing"),
+    [
+        ("microsoft/Phi-3-mini-4k-instruct", "down_proj, o_proj", "gate_proj, k_proj, q_proj, up_proj, v_proj"),
+        ("mistralai/Mixtral-8x7B-v0.1", "k_proj, o_proj, q_proj, v_proj", "down_proj, gate_proj, up_proj"),
+        ("meta-llama/Llama-3.2-1B", "", ""),
+        ("Qwen/Qwen3-30B-A3B", "", ""),
+    ],
+)
+def test_a_plan_says_which_of_the_default_targets_are_not_there(model: str, there: str, missing: str) -> None:
+    said = [reason for reason in plan_of("8xH100-80GB", model).reasons if "adapters" in reason]
+    assert len(said) == bool(missing)
+    assert not said or (f"only on {there}:" in said[0] and f"no {missing};" in said[0] and "all-linear" in said[0])
+
+
 @pytest.mark.parametrize("engine", ["unsloth", "transformers"])
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
 def test_embeddings_and_heads_get_no_adapters(name: str, engine: str) -> None:
