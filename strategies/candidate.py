@@ -202,3 +202,9 @@ def _device_plan(stage: Stage) -> DevicePlan:
         layers=(stage.part.first_layer, stage.part.last_layer),
         memory=memory,
     )
+
+
+def over_devices(stages: int, devices: int, kind: str) -> str:
+    """Where a split model lies, e.g. "over 2 cards", or "in 3 stages over 2 cards" where some share one."""
+    where = f"over {devices} {kind}s" if devices > 1 else f"on 1 {kind}"
+    return where if stages == devices else f"in {stages} stages {where}"
