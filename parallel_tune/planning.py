@@ -322,22 +322,30 @@ def _largest(refused: int, step: int, fits: Callable[[int], bool]) -> None:
         below, above = (middle, above) if fits(middle) else (below, middle)
 
 
-def require_fit(plan: Plan, strategy: str) -> None:
+def require_fit(plan: Plan, strategy: str, shown: bool = False) -> None:
     """Refuse a plan that does not fit.
+
+    Args:
+        shown: whoever reads the refusal has the whole plan above it.
 
     Raises:
         NoStrategyFits: with the shortfall of each device and the changes that would fit.
     """
     if plan.fits:
         return
-    from strategies.selector import no_strategy_fits
+    from strategies.selector import SHOW_PLAN, no_strategy_fits
 
     error = no_strategy_fits(plan, strategy)
-    changes = [
-        f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)" for item in plan.suggestions
-    ]
-    hint = "\n".join([error.hint, *(["One of these alone would fit:", *changes] if changes else [])])
-    raise NoStrategyFits(error.message, hint)
+    hints = [error.hint] if error.hint != SHOW_PLAN or not shown else []
+    if plan.suggestions:
+        hints.append("One of these alone would fit:")
+        hints += [
+            f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)"
+            for item in plan.suggestions
+        ]
+    elif error.hint == SHOW_PLAN:
+        hints.append("No single change of these settings would fit: take more or larger devices, or a smaller model.")
+    raise NoStrategyFits(error.message, "\n".join(hints))
 
 
 def read_device_map(name: str) -> dict[str, int | str] | None:

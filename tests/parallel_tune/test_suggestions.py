@@ -65,6 +65,24 @@ def test_each_suggestion_is_a_plan_that_fits(hardware: str, model: str, options:
     assert all(item.change in caught.value.hint for item in plan.suggestions)
 
 
+def test_the_way_out_is_not_the_plan_that_was_just_shown() -> None:
+    plan = plan_of("1xRTX3090-24GB", "meta-llama/Llama-3.1-8B", max_seq_length=65536)
+    with pytest.raises(NoStrategyFits) as caught:
+        require_fit(plan, "auto", shown=True)
+    assert "parallel-tune plan" not in caught.value.hint and plan.suggestions[0].change in caught.value.hint
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_where_no_single_change_fits_the_refusal_says_so(shown: bool) -> None:
+    """It promised that `plan` shows which change would fit."""
+    plan = plan_of("2xRTX3090-24GB", "meta-llama/Llama-3.1-405B")
+    assert not plan.suggestions
+    with pytest.raises(NoStrategyFits) as caught:
+        require_fit(plan, "auto", shown=shown)
+    assert "No single change" in caught.value.hint and "which change" not in caught.value.hint
+    assert ("parallel-tune plan" in caught.value.hint) != shown
+
+
 def test_a_fused_loss_is_suggested_where_all_logits_are_what_does_not_fit() -> None:
     for options, suggested in (({}, True), ({"cross_entropy": "fused", "max_seq_length": 65536}, False)):
         plan = plan_of("1xRTX3090-24GB", "Qwen/Qwen2.5-3B", "transformers", **{"max_seq_length": 16384, **options})
