@@ -17,7 +17,7 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import adapts_experts
+from parallel_tune.memory.parameters import adapts_experts, expert_parameters
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.targets import check_targets, unadapted
@@ -30,6 +30,7 @@ from strategies.contracts import (
     Workload,
 )
 from strategies.errors import ConfigError, NoStrategyFits
+from strategies.fit import gib
 from strategies.registry import StrategyRegistry
 from strategies.selector import closest_plan
 
@@ -117,7 +118,7 @@ def _plan(
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
-        reasons=(*plan.reasons, *unadapted(config, facts)),
+        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype)),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
@@ -244,6 +245,18 @@ def in_4bit(config: TrainConfig, facts: ModelFacts) -> bool:
             "Drop --full_finetuning, or give the model in 16 bit.",
         )
     return config.load_in_4bit or facts.quantized_4bit
+
+
+def _unquantised(config: TrainConfig, facts: ModelFacts, dtype: str) -> tuple[str, ...]:
+    """What a plan says of weights that 4 bit does not make smaller."""
+    experts = sum(expert_parameters(facts, layer) for layer in range(facts.num_layers))
+    if not experts or not in_4bit(config, facts):
+        return ()
+    size, bits = (4, 32) if dtype == "float32" else (2, 16)
+    return (
+        f"the experts, {gib(size * experts)} of the weights, stay in {bits} bit: bitsandbytes quantises linear layers, "
+        "and transformers stacks experts in tensors of another kind",
+    )
 
 
 def _is_fused(config: TrainConfig, engine: EngineName) -> bool:

@@ -138,6 +138,18 @@ def test_embeddings_and_heads_get_no_adapters(name: str, engine: str) -> None:
     assert plan_of("1xH100-80GB", "microsoft/Phi-3-mini-4k-instruct").fits  # two of the defaults are there
 
 
+def test_a_plan_in_4_bit_says_that_experts_are_not() -> None:
+    """Mixtral's weights go from 87 GiB to 85, where its 4-bit form elsewhere has 25."""
+
+    def said(model: str, **options: Any) -> list[str]:
+        reasons = plan_of("8xH100-80GB", model, **options).reasons
+        return [reason for reason in reasons if "experts" in reason]
+
+    (reason,) = said("mistralai/Mixtral-8x7B-v0.1", load_in_4bit=True)
+    assert "84.0 GiB" in reason and "16 bit" in reason
+    assert not said("mistralai/Mixtral-8x7B-v0.1") and not said("meta-llama/Llama-3.1-8B", load_in_4bit=True)
+
+
 def test_an_empty_declaration_is_no_probe() -> None:
     with pytest.raises(ConfigError, match="--hardware ''"):
         find_hardware(make_config({"hardware": ""}))
