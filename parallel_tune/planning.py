@@ -110,6 +110,8 @@ def _plan(
         work = replace(work, sequence_length=round(rows.mean))
         estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
+    if engine == "unsloth" and dtype == "bfloat16":
+        _check_bfloat16(plan, hardware)
     known = rows is not None
     plan = replace(
         plan,
@@ -194,6 +196,20 @@ def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
     if hardware.kind == "cpu":
         return "float32"
     return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
+
+
+def _check_bfloat16(plan: Plan, hardware: Hardware) -> None:
+    """Refuse what Unsloth would change to float16 by itself.
+
+    Raises:
+        ConfigError: a card of the plan has no bfloat16.
+    """
+    lacking = {d.name for d in hardware.devices if d.index in plan.visible and not d.supports_bf16}
+    if lacking:
+        raise ConfigError(
+            f"dtype = 'bfloat16': {', '.join(sorted(lacking))} has no bfloat16, and Unsloth would compute in float16",
+            "Leave it out, and float16 is planned; --engine transformers computes bfloat16 there all the same, slowly.",
+        )
 
 
 def training_settings(

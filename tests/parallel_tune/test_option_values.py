@@ -25,6 +25,17 @@ def test_the_dtype_under_each_of_its_names(options: dict[str, Any], dtype: str) 
     assert parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xH100-80GB", **options).dtype == dtype
 
 
+def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
+    """It goes on in float16 with a warning of its own, while the plan and the trainer speak of bfloat16."""
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match="T4-16GB has no bfloat16") as caught:
+        parallel_tune.plan(model=model, hardware="2xT4-16GB", engine="unsloth", bf16=True)
+    assert "float16" in caught.value.hint
+    for hardware, options in (("2xT4-16GB", {"engine": "transformers"}), ("1xA100-40GB+1xT4-16GB", {"max_devices": 1})):
+        made = parallel_tune.plan(model=model, hardware=hardware, dtype="bfloat16", **options)
+        assert made.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
 def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
     def peak(**options: Any) -> int:
