@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel_tune.allocator import segments_grow
+from parallel_tune.bfloat16 import all_have_bfloat16, check_bfloat16, compute_dtype
 from parallel_tune.capture import NO_ROOM, RECOMPUTED, cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
@@ -22,6 +23,7 @@ from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.targets import check_targets, unadapted
 from strategies.base import Estimator
+from strategies.candidate import LEFT_OUT
 from strategies.contracts import (
     Checkpointing,
     Hardware,
@@ -96,6 +98,25 @@ def _plan(
     estimating: Estimating,
     rows: KnownRows | None,
 ) -> Plan:
+    """A plan, in which cards that it leaves out decide nothing: dtype, padding and capture follow from the oldest."""
+    plan = _plan_on(config, facts, engine, hardware, registry, estimating, rows)
+    used = tuple(device for device in hardware.devices if device.index in plan.visible)
+    if not plan.fits or all_have_bfloat16(used) == all_have_bfloat16(hardware.devices):
+        return plan
+    again = _plan_on(config, facts, engine, replace(hardware, devices=used), registry, estimating, rows)
+    left_out = (reason for reason in plan.reasons if LEFT_OUT in reason)  # which only the first plan knows of
+    return replace(again, reasons=(*again.reasons, *left_out)) if again.fits else plan
+
+
+def _plan_on(
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    estimating: Estimating,
+    rows: KnownRows | None,
+) -> Plan:
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
@@ -110,8 +131,8 @@ def _plan(
         work = replace(work, sequence_length=round(rows.mean))
         estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
-    if engine == "unsloth" and dtype == "bfloat16":
-        _check_bfloat16(plan, hardware)
+    if engine == "unsloth":
+        check_bfloat16(dtype, [device for device in hardware.devices if device.index in plan.visible])
     known = rows is not None
     plan = replace(
         plan,
@@ -187,29 +208,6 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
         stages=config.stages,
         max_devices=config.max_devices,
     )
-
-
-def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
-    """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
-    if config.named_dtype != "auto":
-        return config.named_dtype
-    if hardware.kind == "cpu":
-        return "float32"
-    return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
-
-
-def _check_bfloat16(plan: Plan, hardware: Hardware) -> None:
-    """Refuse what Unsloth would change to float16 by itself.
-
-    Raises:
-        ConfigError: a card of the plan has no bfloat16.
-    """
-    lacking = {d.name for d in hardware.devices if d.index in plan.visible and not d.supports_bf16}
-    if lacking:
-        raise ConfigError(
-            f"dtype = 'bfloat16': {', '.join(sorted(lacking))} has no bfloat16, and Unsloth would compute in float16",
-            "Leave it out, and float16 is planned; --engine transformers computes bfloat16 there all the same, slowly.",
-        )
 
 
 def training_settings(

@@ -96,6 +96,21 @@ def test_two_of_three_cards_where_one_is_too_small() -> None:
     assert any("device 2 (RTX3070-8GB" in reason and "left out" in reason for reason in plan.reasons)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_devices": 1}, {"strategy": "model_parallel", "max_devices": 2}])
+def test_an_old_card_that_is_left_out_decides_nothing(options: dict[str, Any]) -> None:
+    """It made a plan of H100s alone one in float16, padded and uncaptured."""
+    mixed = plan_of("2xH100-80GB+1xRTX2080Ti-11GB", "meta-llama/Llama-3.1-8B", **options)
+    alone = plan_of("2xH100-80GB", "meta-llama/Llama-3.1-8B", **options)
+    assert mixed.devices == alone.devices
+    assert (mixed.dtype, mixed.padding_free, mixed.captured) == ("bfloat16", True, alone.captured)
+    assert any("device 2 (RTX2080Ti-11GB" in reason and "left out" in reason for reason in mixed.reasons)
+    assert mixed.rejected == alone.rejected
+
+
+def test_an_old_card_that_is_used_decides_for_all() -> None:
+    assert plan_of("1xA100-40GB+1xT4-16GB", "meta-llama/Llama-3.2-1B").dtype == "float16"
+
+
 def test_adapters_for_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="no such linear") as caught:
         plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="nothing,neither")
