@@ -10,6 +10,7 @@ import pytest
 
 import parallel_tune
 from parallel_tune.config import SCHEDULES, TrainConfig, make_config
+from parallel_tune.needs import check_needs
 from parallel_tune.validation import NEEDED_BY_SCHEDULE
 from strategies.errors import ConfigError
 
@@ -183,6 +184,20 @@ def test_attention_is_the_one_that_was_named(tied_model: Path) -> None:
     plan = parallel_tune.plan(**options)
     model, _ = TransformersEngine().load(make_config(options), plan, open_replica(plan, 60), torch.float32)
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_that_nobody_would_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth dropped it without a word; without its package flash attention failed once the processes had started."""
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match=r"attn_implementation = 'eager'.*Unsloth") as caught:
+        parallel_tune.plan(model=model, hardware="1xH100-80GB", attn_implementation="eager")
+    assert "--engine transformers" in caught.value.hint
+    flash = make_config({"engine": "transformers", "attn_implementation": "flash_attention_2", "report_to": "none"})
+    monkeypatch.setattr("parallel_tune.needs.installed", lambda package: package != "flash_attn")
+    check_needs(flash)  # transformers then takes what the package kernels brings
+    monkeypatch.setattr("parallel_tune.needs.installed", lambda package: package not in ("flash_attn", "kernels"))
+    with pytest.raises(ConfigError, match="needs flash-attn"):
+        check_needs(flash)
 
 
 def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
