@@ -150,7 +150,7 @@ class TrainConfig:
     strategy: str = option("auto", HARDWARE, "ddp, model_parallel, an installed one, or auto.", basic=True)
     hardware: str | None = option(None, HARDWARE, "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
     max_devices: int | None = option(None, HARDWARE, "Use no more devices than this: the largest and fastest ones.")
-    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device.")
+    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device. Where layers lie is planned all the same.")
     capture: str = option("auto", HARDWARE, "Record a step once as CUDA graphs and replay it: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
     torch_compile: bool = option(False, HARDWARE, "Let torch.compile compile each layer for what is captured; faster, after a minute or so. Not with Unsloth.")
     pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
