@@ -200,6 +200,21 @@ def test_attention_that_nobody_would_compute_is_refused(monkeypatch: pytest.Monk
         check_needs(flash)
 
 
+def test_answers_alone_cannot_be_learned_of_plain_text(tied_model: Path, tmp_path: Path) -> None:
+    """All of it was learned without a word, also where each text is a chat that somebody had rendered."""
+    from transformers import AutoTokenizer
+
+    from parallel_tune.data.prepare import encoded_rows
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "user: a assistant: b"}))
+    options = {"dataset": str(tmp_path / "rows.jsonl"), "data_cache": False}
+    tokenizer = AutoTokenizer.from_pretrained(tied_model)
+    with pytest.raises(ConfigError, match=r"answers_only: the rows of .*rows\.jsonl are plain 'text'") as caught:
+        encoded_rows(make_config({**options, "answers_only": True}), tokenizer)
+    assert "messages" in caught.value.hint
+    assert encoded_rows(make_config(options), tokenizer)[1].rows == 1
+
+
 def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
