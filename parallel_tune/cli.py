@@ -22,7 +22,7 @@ from parallel_tune.options import (
     train_options,
     write_groups,
 )
-from strategies.errors import ParallelTuneError
+from strategies.errors import ConfigError, ParallelTuneError
 
 DEFAULT_COMMAND = "train"
 
@@ -188,8 +188,8 @@ def resume(run: str, hub_token: str | None, debug: bool) -> None:
 )
 @click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
 @click.option(
-    "--quantization", default="f16", show_default=True,
-    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on.",
+    "--quantization", default=None,
+    help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on; f16 if left out.",
 )  # fmt: skip
 @click.option(
     "--push_model", "--hub_path", "push_model", default=None,
@@ -201,7 +201,7 @@ def export(
     run: str,
     save_method: str,
     save_path: str,
-    quantization: str,
+    quantization: str | None,
     push_model: str | None,
     hub_token: str | None,
     debug: bool,
@@ -209,7 +209,12 @@ def export(
     """Write what a RUN trained as an adapter, a merged model or a GGUF file, with a model card."""
     from parallel_tune.export import Export, export_run
 
-    types = tuple(part.strip() for part in quantization.split(",") if part.strip())
+    if quantization is not None and save_method != "gguf":
+        raise ConfigError(
+            f"--quantization {quantization} is about GGUF files, and --save_method {save_method} writes none",
+            "Add --save_method gguf, or drop --quantization.",
+        )
+    types = tuple(part.strip() for part in (quantization or "f16").split(",") if part.strip())
     export_run(Path(run), Export(save_method, save_path, types, push_model), hub_token)
 
 

@@ -44,7 +44,7 @@ def plan(config: TrainConfig, as_json: bool, measure: bool = False) -> None:
         for line in lines:
             click.echo(line)
         click.echo(render_plan(made))
-    planning.require_fit(made, config.strategy)
+    planning.require_fit(made, config.strategy, shown=True)
 
 
 def train(config: TrainConfig) -> None:

@@ -150,7 +150,7 @@ class TrainConfig:
     strategy: str = option("auto", HARDWARE, "ddp, model_parallel, an installed one, or auto.", basic=True)
     hardware: str | None = option(None, HARDWARE, "Declare devices instead of probing: 2xH100-80GB, 1xA100-40GB+1xT4-16GB, cpu:2.", basic=True)
     max_devices: int | None = option(None, HARDWARE, "Use no more devices than this: the largest and fastest ones.")
-    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device.")
+    device_map: str | None = option(None, HARDWARE, "Ask for a split: balanced, auto, or a JSON file of module -> device. Where layers lie is planned all the same.")
     capture: str = option("auto", HARDWARE, "Record a step once as CUDA graphs and replay it: short micro-batches then no longer wait for the host.", choices=("auto", "on", "off"))
     torch_compile: bool = option(False, HARDWARE, "Let torch.compile compile each layer for what is captured; faster, after a minute or so. Not with Unsloth.")
     pipeline: str = option("auto", HARDWARE, "Keep all devices of a split busy, or run them in turn; on does it on virtual devices too.", choices=("auto", "on", "off"), synonyms={"true": "on", "false": "off"})
@@ -214,6 +214,24 @@ def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
     return names
 
 
+class _KeyTwice(Exception):
+    """A mapping has a key twice."""
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """YAML's safe reader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            # Merged mappings (<<) may be many, and what they bring may be overwritten: that is what they are for.
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+                if key.value in seen:
+                    raise _KeyTwice(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a recipe, not yet validated.
 
@@ -221,11 +239,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}", "Give an existing YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}", "Write one `option: value` a line.") from error
+    except _KeyTwice as error:
+        raise ConfigError(f"{path}, {error}", "Keep one of them.") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

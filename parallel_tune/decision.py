@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 from parallel_tune import planning, tracing
 from parallel_tune.config import TrainConfig
-from parallel_tune.engines import choose_engine, missing_packages
+from parallel_tune.engines import check_attention, choose_engine, missing_packages
 from parallel_tune.hardware import parse_hardware, probe
 from parallel_tune.known_rows import KnownRows, could_do_better, measure_rows
 from parallel_tune.launch import worker_argv
@@ -40,6 +40,7 @@ def decide(
     """
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
+    check_attention(config, engine)
     registry = load_registry()
     source, name = load_model_config(config.model)
     facts = facts_from_config(source, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -79,12 +80,27 @@ def _line(number: int, row: object) -> str:
             f"row {number} of the dataset is a {type(row).__name__}, not a dict", 'Write {"text": ...}, for example.'
         )
     try:
-        line = json.dumps(dict(row), ensure_ascii=False) + "\n"
+        line = json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
         line.encode()  # halves of characters cannot be written
     except UnicodeEncodeError as error:
         raise ConfigError(
             f"row {number} of the dataset holds {error.object[error.start]!r}, half of a character", "Correct that row."
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"row {number} of the dataset is no JSON: {error}", "Give texts, numbers, lists.") from error
+        raise ConfigError(
+            f"row {number} of the dataset is no JSON: {error}",
+            "Give texts, numbers, lists, and leave out columns that are not learned from.",
+        ) from error
     return line
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that JSON has not: lists for the arrays that pandas reads Parquet's lists as.
+
+    A time is no text, so that nobody learns one from a column where text belongs.
+    """
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, datetime.date | datetime.time):
+        return {"time": value.isoformat()}
+    raise TypeError(f"a {type(value).__name__} cannot be written")

@@ -24,6 +24,12 @@ def check_needs(config: TrainConfig, run: Path | None = None) -> None:
     """
     trackers.check_installed(config.report_to)
     check_bitsandbytes(config)
+    # Without it transformers takes the kernels of the package of that name, from the Hub.
+    if config.attn_implementation == "flash_attention_2" and not (installed("flash_attn") or installed("kernels")):
+        raise ConfigError(
+            "attn_implementation = 'flash_attention_2' needs flash-attn, which is not installed",
+            "`pip install flash-attn`, or leave the option out: sdpa has flash kernels of its own.",
+        )
     if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
         read_text(config.raw_text)  # says why
     said = export_after.check_ahead(config, run)

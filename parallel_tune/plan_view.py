@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from strategies.candidate import over_devices
 from strategies.contracts import DevicePlan, MemoryEstimate, Plan
 from strategies.fit import GIB, gib, usable_bytes
 
@@ -86,7 +87,7 @@ def headline(plan: Plan) -> str:
         how = f"{plan.processes} processes, a whole model on each device"
     elif len(plan.devices) > 1:
         lanes = f", {plan.lanes} micro-batches in flight" if plan.lanes > 1 else ""
-        how = f"1 process, one model over {len(plan.devices)} devices{lanes}"
+        how = f"1 process, one model {over_devices(len(plan.devices), len(plan.visible), 'device')}{lanes}"
     else:
         how = "1 process on 1 device"
     verdict = "" if plan.fits else "DOES NOT FIT. Closest: "

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parallel_tune.allocator import segments_grow
+from parallel_tune.bfloat16 import all_have_bfloat16, check_bfloat16, compute_dtype
 from parallel_tune.capture import NO_ROOM, RECOMPUTED, cannot_capture, why_not_captured
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import EngineName
@@ -17,10 +18,12 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import EXPERT_TARGETS, adapts_experts, layer_linears
+from parallel_tune.memory.parameters import adapts_experts, expert_parameters
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
+from parallel_tune.targets import check_targets, unadapted
 from strategies.base import Estimator
+from strategies.candidate import LEFT_OUT
 from strategies.contracts import (
     Checkpointing,
     Hardware,
@@ -29,6 +32,7 @@ from strategies.contracts import (
     Workload,
 )
 from strategies.errors import ConfigError, NoStrategyFits
+from strategies.fit import gib
 from strategies.registry import StrategyRegistry
 from strategies.selector import closest_plan
 
@@ -94,6 +98,25 @@ def _plan(
     estimating: Estimating,
     rows: KnownRows | None,
 ) -> Plan:
+    """A plan, in which cards that it leaves out decide nothing: dtype, padding and capture follow from the oldest."""
+    plan = _plan_on(config, facts, engine, hardware, registry, estimating, rows)
+    used = tuple(device for device in hardware.devices if device.index in plan.visible)
+    if not plan.fits or all_have_bfloat16(used) == all_have_bfloat16(hardware.devices):
+        return plan
+    again = _plan_on(config, facts, engine, replace(hardware, devices=used), registry, estimating, rows)
+    left_out = (reason for reason in plan.reasons if LEFT_OUT in reason)  # which only the first plan knows of
+    return replace(again, reasons=(*again.reasons, *left_out)) if again.fits else plan
+
+
+def _plan_on(
+    config: TrainConfig,
+    facts: ModelFacts,
+    engine: EngineName,
+    hardware: Hardware,
+    registry: StrategyRegistry,
+    estimating: Estimating,
+    rows: KnownRows | None,
+) -> Plan:
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
@@ -108,6 +131,8 @@ def _plan(
         work = replace(work, sequence_length=round(rows.mean))
         estimator = RowsEstimator(estimating, settings, config, rows)
     plan = closest_plan(work, hardware, estimator, registry, strategy)
+    if engine == "unsloth":
+        check_bfloat16(dtype, [device for device in hardware.devices if device.index in plan.visible])
     known = rows is not None
     plan = replace(
         plan,
@@ -116,6 +141,7 @@ def _plan(
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
+        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype)),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
@@ -184,15 +210,6 @@ def workload(config: TrainConfig, facts: ModelFacts, engine: EngineName) -> Work
     )
 
 
-def compute_dtype(config: TrainConfig, hardware: Hardware) -> str:
-    """What the user named; else bfloat16 where all cards have it, float16 on older ones, float32 on a CPU."""
-    if config.named_dtype != "auto":
-        return config.named_dtype
-    if hardware.kind == "cpu":
-        return "float32"
-    return "bfloat16" if all(device.supports_bf16 for device in hardware.devices) else "float16"
-
-
 def training_settings(
     config: TrainConfig, facts: ModelFacts, engine: EngineName, dtype: str, padding_free: bool = False
 ) -> TrainingSettings:
@@ -201,7 +218,7 @@ def training_settings(
     Raises:
         ConfigError: DoRA was asked for where peft has none, or the model has none of the modules to adapt.
     """
-    _check_targets(config, facts)
+    check_targets(config, facts)
     if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
         raise ConfigError(
             f"use_dora: peft has no DoRA for the experts of {config.model}",
@@ -244,31 +261,20 @@ def in_4bit(config: TrainConfig, facts: ModelFacts) -> bool:
     return config.load_in_4bit or facts.quantized_4bit
 
 
+def _unquantised(config: TrainConfig, facts: ModelFacts, dtype: str) -> tuple[str, ...]:
+    """What a plan says of weights that 4 bit does not make smaller."""
+    experts = sum(expert_parameters(facts, layer) for layer in range(facts.num_layers))
+    if not experts or not in_4bit(config, facts):
+        return ()
+    size, bits = (4, 32) if dtype == "float32" else (2, 16)
+    return (
+        f"the experts, {gib(size * experts)} of the weights, stay in {bits} bit: bitsandbytes quantises linear layers, "
+        "and transformers stacks experts in tensors of another kind",
+    )
+
+
 def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
     return config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
-
-
-def _check_targets(config: TrainConfig, facts: ModelFacts) -> None:
-    if config.full_finetuning or "all-linear" in config.target_modules:
-        return
-    # Unsloth would train them in full beside the adapters, in float32; TRL refuses an adapter on a head.
-    outside = {name.rpartition(".")[2] for name in (*facts.modules.embedding, facts.modules.head)}
-    wanted = [target for target in config.target_modules if target.rpartition(".")[2] in outside]
-    if wanted:
-        raise ConfigError(
-            f"target_modules names {', '.join(wanted)}: embeddings and heads get no adapters",
-            "Name linear layers of the model's layers, or train all weights with --full_finetuning.",
-        )
-    if not facts.closed_form_known:
-        return
-    linears = {linear.name for layer in range(facts.num_layers) for linear in layer_linears(facts, layer)}
-    # What peft finds beside the layers' linears: other modules that have weights.
-    known = linears | set(EXPERT_TARGETS.get(facts.model_type, ())) | {"gate", "router"}
-    if not any(target.rpartition(".")[2] in known for target in config.target_modules):
-        raise ConfigError(
-            f"target_modules = {','.join(config.target_modules)}: {config.model} has no such linear layer",
-            f"It has {', '.join(sorted(linears))}; or use all-linear.",
-        )
 
 
 def _suggestions(
@@ -343,22 +349,30 @@ def _largest(refused: int, step: int, fits: Callable[[int], bool]) -> None:
         below, above = (middle, above) if fits(middle) else (below, middle)
 
 
-def require_fit(plan: Plan, strategy: str) -> None:
+def require_fit(plan: Plan, strategy: str, shown: bool = False) -> None:
     """Refuse a plan that does not fit.
+
+    Args:
+        shown: whoever reads the refusal has the whole plan above it.
 
     Raises:
         NoStrategyFits: with the shortfall of each device and the changes that would fit.
     """
     if plan.fits:
         return
-    from strategies.selector import no_strategy_fits
+    from strategies.selector import SHOW_PLAN, no_strategy_fits
 
     error = no_strategy_fits(plan, strategy)
-    changes = [
-        f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)" for item in plan.suggestions
-    ]
-    hint = "\n".join([error.hint, *(["One of these alone would fit:", *changes] if changes else [])])
-    raise NoStrategyFits(error.message, hint)
+    hints = [error.hint] if error.hint != SHOW_PLAN or not shown else []
+    if plan.suggestions:
+        hints.append("One of these alone would fit:")
+        hints += [
+            f"  {item.change} ({item.strategy}, {item.predicted_peak_bytes / 2**30:.1f} GiB)"
+            for item in plan.suggestions
+        ]
+    elif error.hint == SHOW_PLAN:
+        hints.append("No single change of these settings would fit: take more or larger devices, or a smaller model.")
+    raise NoStrategyFits(error.message, "\n".join(hints))
 
 
 def read_device_map(name: str) -> dict[str, int | str] | None:

@@ -26,8 +26,16 @@ def refuse_unknown(config: TrainConfig, facts: ModelFacts) -> None:
     """Refuse to count a model by formulas that were not made for it.
 
     Raises:
-        ConfigError: the closed form does not describe its layers, and no trace was asked for.
+        ConfigError: its weights are quantised by anything but nf4; or the closed form does not describe its layers, and
+            no trace was asked for.
     """
+    if facts.other_quantization:
+        raise ConfigError(
+            f"{config.model} holds its weights quantised by {facts.other_quantization}, which is neither counted nor "
+            "trained here",
+            "Give the model in 16 bit, with --load_in_4bit to hold it in 4 bit, or a repository that bitsandbytes "
+            "quantised to 4 bit.",
+        )
     if not facts.closed_form_known and not config.trace:
         raise ConfigError(
             f"{config.model} is a {facts.model_type or 'nameless'} model, and the memory of its layers is known for "

@@ -40,6 +40,7 @@ def validate(config: TrainConfig) -> TrainConfig:
     _check_ranges(config)
     trackers.check_names(config.report_to)
     _check_training(config)
+    _check_split(config)
     _check_adapter(config)
     _check_data(config)
     _check_evaluation(config)
@@ -62,6 +63,10 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{name} = {value!r} must be below 1", f"Give {name} as a share below 1.")
         if name in COUNTS_OR_SHARES and value > 1 and value != int(value):
             raise ConfigError(f"{name} = {value!r} is neither whole nor a share", "Give whole steps, or less than 1.")
+    if config.val_size > 1 and config.val_size != int(config.val_size):
+        raise ConfigError(
+            f"val_size = {config.val_size!r} is neither whole nor a share", "Give whole rows, or less than 1."
+        )
     if config.max_steps == 0 or config.max_steps < -1:
         raise ConfigError(f"max_steps = {config.max_steps} trains nothing", "Give a positive number, or leave it out.")
     if config.save_total_limit is not None and config.save_total_limit < 1:
@@ -83,8 +88,6 @@ def _check_training(config: TrainConfig) -> None:
         raise ConfigError(
             "packing joins rows in one sequence, and padding_free = 'off' forbids that", "Drop one of the two."
         )
-    if config.stages is not None and config.strategy == "ddp":
-        raise ConfigError("stages divide one model, and ddp puts a whole one on each device", "Drop one of the two.")
     needed = NEEDED_BY_SCHEDULE.get(config.lr_scheduler_type)
     if needed and not set(needed) & set(config.lr_scheduler_kwargs or {}):
         raise ConfigError(
@@ -99,6 +102,21 @@ def _check_training(config: TrainConfig) -> None:
         raise ConfigError(
             f"save_steps = {config.save_steps} has no effect with save_strategy = {config.saves!r}",
             "Keep one of them.",
+        )
+
+
+def _check_split(config: TrainConfig) -> None:
+    if config.strategy == "ddp":
+        whole = "and ddp puts a whole one on each device"
+        if config.stages is not None:
+            raise ConfigError(f"stages divide one model, {whole}", "Drop one of the two.")
+        if config.lanes is not None or config.pipeline == "on":
+            name = "pipeline = 'on'" if config.lanes is None else f"lanes = {config.lanes}"
+            raise ConfigError(f"{name} is about one model that is split, {whole}", "Drop one of the two.")
+    if (config.pipeline, (config.lanes or 0) > 1) == ("off", True) or (config.pipeline, config.lanes) == ("on", 1):
+        raise ConfigError(
+            f"pipeline = {config.pipeline!r} and lanes = {config.lanes} contradict each other",
+            "Keep one of them: one lane is no pipeline, and more are one.",
         )
 
 

@@ -107,6 +107,10 @@ def choose(candidates: Sequence[Candidate], may_leave_out_slow: bool) -> Candida
     return best
 
 
+LEFT_OUT = " is left out: "
+"""What the sentence on a device that a plan does not use has after the device."""
+
+
 def left_out_reasons(chosen: Candidate, candidates: Sequence[Candidate], devices: Sequence[Device]) -> tuple[str, ...]:
     """A sentence for each device that the chosen plan does not use."""
     if not chosen.fits:
@@ -117,7 +121,7 @@ def left_out_reasons(chosen: Candidate, candidates: Sequence[Candidate], devices
         if device.index in used:
             continue
         with_it = [c for c in candidates if any(s.device.index == device.index for s in c.stages)]
-        what = f"device {device.index} ({device.name}, {gib(usable_bytes(device))} usable) is left out: "
+        what = f"device {device.index} ({device.name}, {gib(usable_bytes(device))} usable){LEFT_OUT}"
         if any(c.fits for c in with_it):
             speed = choose(with_it, may_leave_out_slow=False).tokens_per_second
             what += f"with it {speed:,.0f} tokens/s are predicted, without it {chosen.tokens_per_second:,.0f}"
@@ -202,3 +206,9 @@ def _device_plan(stage: Stage) -> DevicePlan:
         layers=(stage.part.first_layer, stage.part.last_layer),
         memory=memory,
     )
+
+
+def over_devices(stages: int, devices: int, kind: str) -> str:
+    """Where a split model lies, e.g. "over 2 cards", or "in 3 stages over 2 cards" where some share one."""
+    where = f"over {devices} {kind}s" if devices > 1 else f"on 1 {kind}"
+    return where if stages == devices else f"in {stages} stages {where}"

@@ -62,6 +62,7 @@ class DDP:
         chosen = choose(candidates, may_leave_out_slow=False)
         reasons = (
             _reason(chosen),
+            *_idle_reasons(chosen),
             *held_back_reasons(chosen, candidates),
             *left_out_reasons(chosen, candidates, hardware.devices),
         )
@@ -138,3 +139,13 @@ def _reason(chosen: Candidate) -> str:
         return f"{needs}; device {device.index} ({device.name}) has {room}"
     which = f"the fullest, device {device.index} ({device.name}), has {room}"
     return f"{needs} and fits each of {len(chosen.stages)}; {which}"
+
+
+def _idle_reasons(chosen: Candidate) -> tuple[str, ...]:
+    processes, rows = len(chosen.stages), chosen.global_batch
+    if not chosen.fits or rows >= processes:
+        return ()
+    return (
+        f"{processes} processes for a global batch of {rows}: {processes - rows} without a row in each step; "
+        f"--max_devices {rows} leaves them out, and a larger global batch has work for all",
+    )

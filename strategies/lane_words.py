@@ -36,10 +36,13 @@ def lane_reasons(chosen: Candidate, candidates: Sequence[Candidate], workload: W
 def _gain(chosen: Candidate) -> list[str]:
     stages, m, lanes = chosen.stages, chosen.arrangement.gradient_accumulation_steps, chosen.arrangement.lanes
     naive = m * max(chosen.host_seconds, sum(stage.device_seconds for stage in stages))
+    times = naive / chosen.step_seconds
+    gain = f"{lanes} lanes keep the cards busy: {times:.2f}x of one micro-batch at a time is predicted"
+    if len({stage.device.index for stage in stages}) < len(stages):
+        return [gain, _busy(chosen)]  # the bound is one of stages that have a device each
     bound = len(stages) * m / (m + len(stages) - 1)
     return [
-        f"{lanes} lanes keep the cards busy: {naive / chosen.step_seconds:.2f}x of one micro-batch at a time is "
-        f"predicted; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
+        f"{gain}; {bound:.2f}x is the bound for {m} micro-batches on {len(stages)} equal stages",
         f"{_busy(chosen)}; {m}/{m + len(stages) - 1} = {m / (m + len(stages) - 1):.0%} would be each stage's if all "
         "took as long",
     ]
@@ -47,10 +50,10 @@ def _gain(chosen: Candidate) -> list[str]:
 
 def _busy(chosen: Candidate) -> str:
     m = chosen.arrangement.gradient_accumulation_steps
-    shares = ", ".join(
-        f"{m * stage.device_seconds / chosen.step_seconds:.0%} of device {stage.device.index}"
-        for stage in chosen.stages
-    )
+    seconds: dict[int, float] = {}
+    for stage in chosen.stages:
+        seconds[stage.device.index] = seconds.get(stage.device.index, 0.0) + m * stage.device_seconds
+    shares = ", ".join(f"{busy / chosen.step_seconds:.0%} of device {index}" for index, busy in seconds.items())
     return f"busy share expected: {shares}"
 
 

@@ -15,6 +15,7 @@ from strategies.candidate import (
     choose,
     left_out_reasons,
     noun,
+    over_devices,
     to_plan,
 )
 from strategies.contracts import Arrangement, Checkpointing, Device, Hardware, Plan, Verdict, Workload
@@ -185,7 +186,8 @@ def _reason(chosen: Candidate) -> str:
     stages = chosen.stages
     full = max(stages, key=lambda stage: stage.fullness)
     kind = noun(full.device)
-    over = f"split over {len(stages)} {kind}s" if len(stages) > 1 else f"whole on one {kind}"
+    devices = len({stage.device.index for stage in stages})
+    over = f"split {over_devices(len(stages), devices, kind)}" if len(stages) > 1 else f"whole on one {kind}"
     total = sum(stage.memory.peak_bytes for stage in stages)
     return (
         f"{over} the model needs {gib(total)} in all {chosen.how}; the fullest, device {full.device.index} "

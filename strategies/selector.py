@@ -68,7 +68,7 @@ def no_strategy_fits(plan: Plan, strategy: str = AUTO) -> NoStrategyFits:
     return NoStrategyFits(f"{strategy} does not fit, nor does another strategy: {short}.", SHOW_PLAN)
 
 
-SHOW_PLAN = "`parallel-tune plan` with the same options shows what fills each device, and which change would fit."
+SHOW_PLAN = "`parallel-tune plan` with the same options shows what fills each device."
 
 WOULD_FIT = "would fit"
 """How the reason of a rejected strategy begins that could have been taken."""

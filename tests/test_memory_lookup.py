@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from parallel_tune.memory.facts import facts_from_config
+from parallel_tune.memory.facts import CLASS_DEFAULTS, facts_from_config
 from parallel_tune.memory.lookup import catalog, load_model_facts
 from strategies.errors import ConfigError
 
@@ -89,6 +89,35 @@ def test_a_folder_without_config_and_a_config_without_shapes_are_refused(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ConfigError, match="hidden_size"):
         load_model_facts(str(tmp_path))
+
+
+VISION = {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_hidden_layers": 27, "patch_size": 14}
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "google/gemma-3-4b-it": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+    "google/gemma-3-12b-it": {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+"""What Gemma 3's published config.json files say of the text model: the rest are the defaults of its config's class."""
+
+
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_what_a_config_leaves_to_its_class_is_filled_in(name: str) -> None:
+    """The catalogue planned them, and the same model once it was downloaded was refused."""
+    text = {"model_type": "gemma3_text", "sliding_window": 1024, **AS_PUBLISHED[name]}
+    published = {"model_type": "gemma3", "text_config": text, "vision_config": VISION}
+    assert facts_from_config(published) == load_model_facts(name)
+
+
+def test_the_defaults_of_config_classes_are_transformers_own() -> None:
+    from transformers import AutoConfig
+
+    for model_type, defaults in CLASS_DEFAULTS.items():
+        config = AutoConfig.for_model(model_type)
+        if model_type == "gemma3":
+            config = config.text_config
+        assert {name: getattr(config, name) for name in defaults} == defaults
 
 
 def test_a_plan_needs_neither_torch_nor_transformers() -> None:

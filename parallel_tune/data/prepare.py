@@ -14,6 +14,7 @@ from parallel_tune.data.identity import data_identity, key_of
 from parallel_tune.data.loading import Row, load_rows, local_files, read_text
 from parallel_tune.data.packing import PackedRows, pack
 from parallel_tune.data.rows import DataReport, EncodedRows
+from strategies.errors import ConfigError
 
 
 def prepare_data(
@@ -65,7 +66,13 @@ def _encode(config: TrainConfig, tokenizer: Any, rows: Sequence[Row] | None) -> 
         stride = chunk_size // 4 if config.stride is None else config.stride
         return chunk_text(read_text(config.raw_text), tokenizer, chunk_size, stride, config.max_rows)
     found = load_named_rows(config) if rows is None else first_rows(rows, config.max_rows)
-    return encode_rows(found, tokenizer, config.max_seq_length, config.answers_only)
+    rows_and_report = encode_rows(found, tokenizer, config.max_seq_length, config.answers_only)
+    if config.answers_only and rows_and_report[1].format == "text":
+        raise ConfigError(
+            f"answers_only: the rows of {config.dataset} are plain 'text', which does not tell where an answer begins",
+            "Give conversations as messages, or prompt and completion; or drop --answers_only.",
+        )
+    return rows_and_report
 
 
 def load_named_rows(config: TrainConfig) -> Sequence[Row]:

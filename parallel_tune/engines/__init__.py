@@ -70,6 +70,20 @@ def choose_engine(name: str, gpus: bool, declared: bool) -> tuple[EngineName, st
     )
 
 
+def check_attention(config: TrainConfig, engine: EngineName) -> None:
+    """Refuse attention that was named and that nobody would compute.
+
+    Raises:
+        ConfigError: Unsloth has attention of its own.
+    """
+    if engine == "unsloth" and config.attn_implementation != "sdpa":
+        raise ConfigError(
+            f"attn_implementation = {config.attn_implementation!r} is for transformers, and Unsloth, which this run "
+            "uses, has attention of its own",
+            "Add --engine transformers, or leave the option out.",
+        )
+
+
 def missing_packages(gpus: bool, engine: str) -> str:
     """A line about packages that a GPU machine should have, or an empty one."""
     if gpus and engine == "unsloth" and not installed("bitsandbytes"):

@@ -23,6 +23,19 @@ KNOWN_TYPES = frozenset(
 )
 """Model types whose layers the closed form describes; others need `plan --trace`."""
 
+_GEMMA3 = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+}  # fmt: skip
+CLASS_DEFAULTS: dict[str, dict[str, int]] = {
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "gemma2": {"head_dim": 256},
+    "gemma": {"head_dim": 256},
+    "qwen3": {"head_dim": 128},
+}
+"""What published configs leave to transformers' classes, and nothing else in them tells."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -43,6 +56,7 @@ class ModelFacts:
         extra_parameters: parameters beside the text model (a vision tower), held with the embedding.
         dtype: the dtype that the weights are published in.
         quantized_4bit: the repository holds bitsandbytes 4-bit weights.
+        other_quantization: what else the repository's weights are quantised by, e.g. "gptq".
         foreign_mixer: what brings tokens together beside full and windowed attention, e.g. "linear_attention" layers.
     """
 
@@ -73,6 +87,7 @@ class ModelFacts:
     extra_parameters: int = 0
     dtype: str = "bfloat16"
     quantized_4bit: bool = False
+    other_quantization: str = ""
     foreign_mixer: str = ""
     modules: ModuleNames = field(default_factory=ModuleNames)
 
@@ -109,12 +124,14 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
     nested = config.get("text_config")
     text: dict[str, Any] = {**config, **nested} if isinstance(nested, Mapping) else dict(config)
     model_type = str(config.get("model_type") or text.get("model_type") or "")
+    left_out = {name: value for name, value in CLASS_DEFAULTS.get(model_type, {}).items() if text.get(name) is None}
+    text.update(left_out)
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in needed if text.get(name) is None]
     if missing:
         raise ConfigError(
             f"{source} (model_type {model_type or 'unknown'!r}) has no usable {', '.join(missing)}",
-            "Only decoder-only language models with a Hugging Face config.json can be planned.",
+            "Only decoder-only language models whose config.json gives their sizes under these names can be planned.",
         )
     _check_counts(text, source, needed)
     heads = int(text["num_attention_heads"])
@@ -155,6 +172,7 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         extra_parameters=_vision_parameters(vision, int(text["hidden_size"])) if isinstance(vision, Mapping) else 0,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         quantized_4bit=_is_quantized_4bit(config),
+        other_quantization=_other_quantization(config),
         foreign_mixer=_foreign_mixer(text),
         modules=_module_names(isinstance(nested, Mapping)),
     )
@@ -241,6 +259,15 @@ def _is_quantized_4bit(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, Mapping) and bool(
         quantization.get("load_in_4bit") or quantization.get("_load_in_4bit")
     )
+
+
+def _other_quantization(config: Mapping[str, Any]) -> str:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or _is_quantized_4bit(config):
+        return ""
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        return "bitsandbytes in 8 bit"
+    return str(quantization.get("quant_method") or "a method without a name")
 
 
 def _module_names(multimodal: bool) -> ModuleNames:

@@ -75,8 +75,8 @@ def load_model_config(
     near = nearest_names(model)
     raise ConfigError(
         f"nothing is known of model {model!r}: looked at {', '.join(looked_at)} ({reason})",
-        (f"Did you mean {', '.join(near)}? " if near else "")
-        + "Or give a folder with a config.json, or go online once so that it is cached.",
+        (f"Did you mean {', '.join(near)}? Or give" if near else "Give")
+        + " a folder with a config.json, or go online once so that it is cached.",
     )
 
 

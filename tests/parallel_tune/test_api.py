@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import parallel_tune
+from parallel_tune.data.formats import detect_format, read_row
 from parallel_tune.data.loading import load_rows
 from parallel_tune.in_memory import dataset_path
 from parallel_tune.launch import LaunchSpec, Watcher
@@ -114,6 +115,19 @@ def test_what_a_data_frame_misses_is_missing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     frame = pandas.read_csv(io.StringIO("instruction,input,output\na,,b\n"))
     assert load_rows(dataset_path(frame)) == [{"instruction": "a", "input": None, "output": "b"}]
+
+
+def test_what_pandas_makes_of_a_parquet_file_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists come as numpy arrays, and a column of times need not be learned from: both were "no JSON"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tmp_path / "a.parquet"
+    pandas.DataFrame({"messages": [turns], "when": pandas.to_datetime(["2026-01-02"])}).to_parquet(file)
+    (row,) = load_rows(dataset_path(pandas.read_parquet(file)))
+    assert row["messages"] == turns
+    timed = {"text": row["when"]}
+    with pytest.raises(ConfigError, match="'text' is dict"):  # a time is no text
+        read_row(timed, detect_format(["text"], timed), 1)
 
 
 @pytest.mark.parametrize(

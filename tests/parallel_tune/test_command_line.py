@@ -194,3 +194,10 @@ def test_a_plan_names_what_would_run(tune: Any) -> None:
     plan = json.loads(ended.out)
     assert (ended.code, plan["strategy"], plan["fits"], plan["engine"]) == (0, "ddp", True, "unsloth")
     assert plan["launch"][1:] == ["-m", "parallel_tune.worker", "RUN_DIRECTORY"]
+
+
+def test_types_of_gguf_files_are_refused_where_none_are_written(tmp_path: Path) -> None:
+    """`export --quantization q4_k_m` copied the adapter, since --save_method is lora where it is left out."""
+    ended = CliRunner().invoke(program, ["export", str(tmp_path), "--save_path", "out", "--quantization", "q4_k_m"])
+    assert isinstance(ended.exception, ConfigError)
+    assert "q4_k_m is about GGUF" in ended.exception.message and "--save_method gguf" in ended.exception.hint

@@ -122,6 +122,15 @@ def test_what_is_printed_reads_back_the_same(tmp_path: Path) -> None:
     assert make_config(recipe(tmp_path, TrainConfig().to_yaml())) == TrainConfig()
 
 
+def test_a_key_given_twice_is_refused_as_two_names_for_it_are(tmp_path: Path) -> None:
+    """YAML's reader takes the last one without a word."""
+    with pytest.raises(ConfigError, match=r"recipe\.yaml, line 3: 'max_steps' is there twice") as raised:
+        recipe(tmp_path, "max_steps: 3\nr: 8\nmax_steps: 5\n")
+    assert "Keep one" in raised.value.hint
+    with pytest.raises(ConfigError, match="line 2: 'min_lr' is there twice"):
+        recipe(tmp_path, "lr_scheduler_kwargs:\n  {min_lr: 1, min_lr: 2}\n")
+
+
 def test_a_recipe_that_is_none(tmp_path: Path) -> None:
     assert recipe(tmp_path, "") == {}
     for text, said in (("- a\n- b\n", "holds a list"), ("a: [", "is not YAML")):

@@ -97,6 +97,26 @@ def test_weights_saved_in_nf4_cannot_be_trained_themselves(quantised_model: Path
         decide(config, find_hardware(config), "never")
 
 
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bit"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"trace": True}])
+def test_weights_quantised_otherwise_are_refused(
+    saved: dict[str, Any], said: str, options: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """They were planned as if they lay there in 16 bit, and failed in a library once the processes had started."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": saved}))
+    wanted = make_config({"model": str(tmp_path), "hardware": "1xH100-80GB", **options})
+    with pytest.raises(ConfigError, match=f"quantised by {said}") as raised:
+        decide(wanted, find_hardware(wanted), "never")
+    assert "--load_in_4bit" in raised.value.hint
+
+
 def test_the_correction_brings_back_most_of_what_rounding_took(replicas: dict[str, Any], tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 

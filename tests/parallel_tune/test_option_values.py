@@ -10,6 +10,7 @@ import pytest
 
 import parallel_tune
 from parallel_tune.config import SCHEDULES, TrainConfig, make_config
+from parallel_tune.needs import check_needs
 from parallel_tune.validation import NEEDED_BY_SCHEDULE
 from strategies.errors import ConfigError
 
@@ -23,6 +24,17 @@ from strategies.errors import ConfigError
 )  # fmt: skip
 def test_the_dtype_under_each_of_its_names(options: dict[str, Any], dtype: str) -> None:
     assert parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="1xH100-80GB", **options).dtype == dtype
+
+
+def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
+    """It goes on in float16 with a warning of its own, while the plan and the trainer speak of bfloat16."""
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match="T4-16GB has no bfloat16") as caught:
+        parallel_tune.plan(model=model, hardware="2xT4-16GB", engine="unsloth", bf16=True)
+    assert "float16" in caught.value.hint
+    for hardware, options in (("2xT4-16GB", {"engine": "transformers"}), ("1xA100-40GB+1xT4-16GB", {"max_devices": 1})):
+        made = parallel_tune.plan(model=model, hardware=hardware, dtype="bfloat16", **options)
+        assert made.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
@@ -119,6 +131,11 @@ def test_an_evaluation_pass_has_no_more_tokens_than_training() -> None:
         ({"save_path": "out"}, "nothing is exported"),
         ({"hub_token": 5}, "hidden"),
         ({"report_to": "all,wandb"}, "stands alone"),
+        ({"val_size": 1.5}, "val_size = 1.5 is neither whole nor a share"),
+        ({"strategy": "ddp", "lanes": 4}, "ddp puts a whole one"),
+        ({"strategy": "ddp", "pipeline": "on"}, "ddp puts a whole one"),
+        ({"pipeline": "off", "lanes": 2}, "contradict"),
+        ({"pipeline": "on", "lanes": 1}, "contradict"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:
@@ -167,6 +184,35 @@ def test_attention_is_the_one_that_was_named(tied_model: Path) -> None:
     plan = parallel_tune.plan(**options)
     model, _ = TransformersEngine().load(make_config(options), plan, open_replica(plan, 60), torch.float32)
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_that_nobody_would_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth dropped it without a word; without its package flash attention failed once the processes had started."""
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match=r"attn_implementation = 'eager'.*Unsloth") as caught:
+        parallel_tune.plan(model=model, hardware="1xH100-80GB", attn_implementation="eager")
+    assert "--engine transformers" in caught.value.hint
+    flash = make_config({"engine": "transformers", "attn_implementation": "flash_attention_2", "report_to": "none"})
+    monkeypatch.setattr("parallel_tune.needs.installed", lambda package: package != "flash_attn")
+    check_needs(flash)  # transformers then takes what the package kernels brings
+    monkeypatch.setattr("parallel_tune.needs.installed", lambda package: package not in ("flash_attn", "kernels"))
+    with pytest.raises(ConfigError, match="needs flash-attn"):
+        check_needs(flash)
+
+
+def test_answers_alone_cannot_be_learned_of_plain_text(tied_model: Path, tmp_path: Path) -> None:
+    """All of it was learned without a word, also where each text is a chat that somebody had rendered."""
+    from transformers import AutoTokenizer
+
+    from parallel_tune.data.prepare import encoded_rows
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "user: a assistant: b"}))
+    options = {"dataset": str(tmp_path / "rows.jsonl"), "data_cache": False}
+    tokenizer = AutoTokenizer.from_pretrained(tied_model)
+    with pytest.raises(ConfigError, match=r"answers_only: the rows of .*rows\.jsonl are plain 'text'") as caught:
+        encoded_rows(make_config({**options, "answers_only": True}), tokenizer)
+    assert "messages" in caught.value.hint
+    assert encoded_rows(make_config(options), tokenizer)[1].rows == 1
 
 
 def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from parallel_tune.plan_view import memory_bar, render_plan, short_name
+from parallel_tune.plan_view import headline, memory_bar, render_plan, short_name
 from strategies.contracts import DevicePlan, MemoryEstimate, Plan, Rejection, Suggestion
 
 GIB = 2**30
@@ -105,6 +105,13 @@ def test_replicas_and_a_batch_that_does_not_divide() -> None:
     assert "emb" not in text
     assert "global batch   15, in 16 places, some left empty = 2 processes x micro-batch 2 x 4" in text
     assert "GiB on each device" in text
+
+
+def test_stages_on_one_device_are_not_counted_as_devices() -> None:
+    devices = (device(0, (0, 39)), device(0, (40, 59)), device(1, (60, 79)))
+    said = headline(dataclasses.replace(PLAN, devices=devices))
+    assert "one model in 3 stages over 2 devices" in said
+    assert "one model in 2 stages on 1 device" in headline(dataclasses.replace(PLAN, devices=devices[:2]))
 
 
 def test_bar_is_drawn_to_scale() -> None:

@@ -65,6 +65,24 @@ def test_each_suggestion_is_a_plan_that_fits(hardware: str, model: str, options:
     assert all(item.change in caught.value.hint for item in plan.suggestions)
 
 
+def test_the_way_out_is_not_the_plan_that_was_just_shown() -> None:
+    plan = plan_of("1xRTX3090-24GB", "meta-llama/Llama-3.1-8B", max_seq_length=65536)
+    with pytest.raises(NoStrategyFits) as caught:
+        require_fit(plan, "auto", shown=True)
+    assert "parallel-tune plan" not in caught.value.hint and plan.suggestions[0].change in caught.value.hint
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_where_no_single_change_fits_the_refusal_says_so(shown: bool) -> None:
+    """It promised that `plan` shows which change would fit."""
+    plan = plan_of("2xRTX3090-24GB", "meta-llama/Llama-3.1-405B")
+    assert not plan.suggestions
+    with pytest.raises(NoStrategyFits) as caught:
+        require_fit(plan, "auto", shown=shown)
+    assert "No single change" in caught.value.hint and "which change" not in caught.value.hint
+    assert ("parallel-tune plan" in caught.value.hint) != shown
+
+
 def test_a_fused_loss_is_suggested_where_all_logits_are_what_does_not_fit() -> None:
     for options, suggested in (({}, True), ({"cross_entropy": "fused", "max_seq_length": 65536}, False)):
         plan = plan_of("1xRTX3090-24GB", "Qwen/Qwen2.5-3B", "transformers", **{"max_seq_length": 16384, **options})
@@ -78,11 +96,50 @@ def test_two_of_three_cards_where_one_is_too_small() -> None:
     assert any("device 2 (RTX3070-8GB" in reason and "left out" in reason for reason in plan.reasons)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_devices": 1}, {"strategy": "model_parallel", "max_devices": 2}])
+def test_an_old_card_that_is_left_out_decides_nothing(options: dict[str, Any]) -> None:
+    """It made a plan of H100s alone one in float16, padded and uncaptured."""
+    mixed = plan_of("2xH100-80GB+1xRTX2080Ti-11GB", "meta-llama/Llama-3.1-8B", **options)
+    alone = plan_of("2xH100-80GB", "meta-llama/Llama-3.1-8B", **options)
+    assert mixed.devices == alone.devices
+    assert (mixed.dtype, mixed.padding_free, mixed.captured) == ("bfloat16", True, alone.captured)
+    assert any("device 2 (RTX2080Ti-11GB" in reason and "left out" in reason for reason in mixed.reasons)
+    assert mixed.rejected == alone.rejected
+
+
+def test_an_old_card_that_is_used_decides_for_all() -> None:
+    assert plan_of("1xA100-40GB+1xT4-16GB", "meta-llama/Llama-3.2-1B").dtype == "float16"
+
+
 def test_adapters_for_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="no such linear") as caught:
         plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="nothing,neither")
     assert "q_proj" in caught.value.hint
     assert plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="self_attn.q_proj").fits
+
+
+def test_a_misspelt_target_is_refused_beside_right_ones() -> None:
+    """peft passes over names that it does not find as long as it finds one: fewer adapters trained than were meant."""
+    with pytest.raises(ConfigError, match="target_modules names qproj, which") as caught:
+        plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", target_modules="qproj,v_proj")
+    assert "q_proj" in caught.value.hint
+    plan_of("1xH100-80GB", "google/gemma-3-4b-it", target_modules="q_proj,out_proj")  # of its vision tower
+    plan_of("8xH100-80GB", "mistralai/Mixtral-8x7B-v0.1", target_modules="q_proj,w1,w2,w3,gate")
+
+
+@pytest.mark.parametrize(
+    ("model", "there", "missing"),
+    [
+        ("microsoft/Phi-3-mini-4k-instruct", "down_proj, o_proj", "gate_proj, k_proj, q_proj, up_proj, v_proj"),
+        ("mistralai/Mixtral-8x7B-v0.1", "k_proj, o_proj, q_proj, v_proj", "down_proj, gate_proj, up_proj"),
+        ("meta-llama/Llama-3.2-1B", "", ""),
+        ("Qwen/Qwen3-30B-A3B", "", ""),
+    ],
+)
+def test_a_plan_says_which_of_the_default_targets_are_not_there(model: str, there: str, missing: str) -> None:
+    said = [reason for reason in plan_of("8xH100-80GB", model).reasons if "adapters" in reason]
+    assert len(said) == bool(missing)
+    assert not said or (f"only on {there}:" in said[0] and f"no {missing};" in said[0] and "all-linear" in said[0])
 
 
 @pytest.mark.parametrize("engine", ["unsloth", "transformers"])
@@ -94,6 +151,18 @@ def test_embeddings_and_heads_get_no_adapters(name: str, engine: str) -> None:
     assert "--full_finetuning" in raised.value.hint
     plan_of("1xH100-80GB", "meta-llama/Llama-3.2-1B", full_finetuning=True, target_modules=f"q_proj,{name}")
     assert plan_of("1xH100-80GB", "microsoft/Phi-3-mini-4k-instruct").fits  # two of the defaults are there
+
+
+def test_a_plan_in_4_bit_says_that_experts_are_not() -> None:
+    """Mixtral's weights go from 87 GiB to 85, where its 4-bit form elsewhere has 25."""
+
+    def said(model: str, **options: Any) -> list[str]:
+        reasons = plan_of("8xH100-80GB", model, **options).reasons
+        return [reason for reason in reasons if "experts" in reason]
+
+    (reason,) = said("mistralai/Mixtral-8x7B-v0.1", load_in_4bit=True)
+    assert "84.0 GiB" in reason and "16 bit" in reason
+    assert not said("mistralai/Mixtral-8x7B-v0.1") and not said("meta-llama/Llama-3.1-8B", load_in_4bit=True)
 
 
 def test_an_empty_declaration_is_no_probe() -> None:

@@ -122,3 +122,12 @@ def test_no_device_and_no_allowed_device_are_refused(model: Make, cards: Make) -
 def test_plan_survives_json(model: Make, cards: Make) -> None:
     p = plan(model("8b"), cards("H100", "H100"))
     assert Plan.from_json(p.to_json()) == p
+
+
+def test_processes_without_a_row_are_named(model: Make, cards: Make) -> None:
+    p = plan(model("1b", global_batch=2), cards("H100", "H100", "H100"))
+    assert p.processes == 3
+    said = next(r for r in p.reasons if "3 processes for a global batch of 2: 1 without a row" in r)
+    assert "--max_devices 2" in said
+    p = plan(model("1b", global_batch=3), cards("H100", "H100", "H100"))
+    assert not any("without a row" in r for r in p.reasons)

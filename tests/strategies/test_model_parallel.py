@@ -195,6 +195,16 @@ def test_stages_share_devices_and_lanes_are_forced_only_when_asked_for(model: Ma
         plan(model("1b", stages=99), cpus(1))
 
 
+def test_stages_that_share_a_device_are_not_counted_as_devices(model: Make, cards: Make) -> None:
+    """Three stages on two cards were "3 cards", with a bound of 2.25x that two cards cannot reach."""
+    made = model("8b", stages=3, micro_batch=1, gradient_accumulation_steps=6, force_lanes=True)
+    p = plan(made, cards("H100", "H100"), lanes_available=True)
+    assert p.lanes == 3 and "split in 3 stages over 2 cards" in p.reasons[0]
+    assert "predicted" in p.reasons[1] and "bound" not in p.reasons[1]
+    assert p.reasons[2].count("of device 0") == p.reasons[2].count("of device 1") == 1
+    assert "each stage's" not in p.reasons[2]
+
+
 def test_the_busy_share_of_each_device_is_stated(model: Make, cards: Make) -> None:
     workload, estimate = model("8b", micro_batch=1, gradient_accumulation_steps=12)
     made = workload, dataclasses.replace(estimate, host=0.02)
