@@ -236,7 +236,9 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         most_rows = self.args.per_device_eval_batch_size
-        loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
+        # Which the model enters by itself only once it has been prepared for training.
+        with self.accelerator.autocast():
+            loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self._has_best:
