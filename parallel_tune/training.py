@@ -268,7 +268,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self.checkpoints.remember_best(self.state)
-        return bool(super()._determine_best_metric(metrics, trial))
+        # Where the best are saved this alone decides whether a checkpoint is; one that a stop has asked for is due too.
+        return bool(super()._determine_best_metric(metrics, trial)) or self.control.should_save
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_weights()

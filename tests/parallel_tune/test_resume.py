@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,14 @@ def ended_alone(interrupted: Ended, tune: Any, third_party: Path, once: Once, al
     return once("ended_alone", run)
 
 
-def stop_in_order(command: Command, notes: Path, alive: Alive, *signals: signal.Signals) -> Ended:
-    """Signal a run that is held in its seventh step, and let it go."""
+def stop_in_order(
+    command: Command,
+    notes: Path,
+    alive: Alive,
+    *signals: signal.Signals,
+    left: Sequence[str] = ("checkpoint-6", "checkpoint-7"),
+) -> Ended:
+    """Signal a run that is held in a step, the seventh say, and let it go; these checkpoints are then there."""
     command.wait_for(notes / "held")
     for number in signals:
         command.send(number)
@@ -144,7 +150,7 @@ def stop_in_order(command: Command, notes: Path, alive: Alive, *signals: signal.
     (notes / "go").touch()
     stopped = command.wait()
     assert not alive(stopped.run)
-    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
+    assert checkpoints(stopped.run) == list(left)
     return stopped
 
 
@@ -185,6 +191,18 @@ def test_a_closed_terminal_stops_a_split_in_order_and_it_goes_on(
     command = tune.start(*SPLIT, env=noting | {"FAULT": f"hold:0:{6 * SPLIT_PASSES + 1}"})
     stopped = stop_in_order(command, tmp_path, alive, signal.SIGHUP, signal.SIGHUP)
     check_stop_and_resume(stopped, tune("resume", str(stopped.run), base=False, env=noting), split_run)
+
+
+def test_a_run_that_saves_its_best_evaluations_saves_where_it_stops_too(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """Gradients clipped to nothing make no evaluation better than the first."""
+    still = ("--eval_steps=1", "--load_best_model_at_end", "--optim=sgd", "--max_grad_norm=1e-30")
+    split = ("--strategy=noted_split", "--hardware=cpu:2")
+    command = tune.start(*split, *still, env=noting | {"FAULT": f"hold:0:{2 * SPLIT_PASSES + 1}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=["checkpoint-1", "checkpoint-3"])
+    assert stopped.code == 75, stopped.err
+    assert "after step 3 of 10; checkpoint-3 is on disk" in stopped.err
 
 
 def test_a_rank_that_never_ends_is_not_waited_for(ended_alone: Ended) -> None:
