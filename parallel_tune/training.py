@@ -333,7 +333,6 @@ def build_trainer(
     def pad(rows: list[Any]) -> dict[str, Any]:
         return collate(rows, tokenizer.pad_token_id)
 
-    half = dtype != torch.float32
     arguments = Arguments(
         output_dir=str(run_path),
         run_name=config.run_name,
@@ -353,8 +352,8 @@ def build_trainer(
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
         seed=config.seed,
-        bf16=half and dtype == torch.bfloat16,
-        fp16=half and dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         logging_strategy="steps",
         logging_steps=config.logging_steps,
         logging_first_step=True,
