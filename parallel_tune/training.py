@@ -29,6 +29,7 @@ from strategies.base import Schedule, Session
 from strategies.clipping import clip_over_devices
 from strategies.contracts import Plan
 from strategies.errors import RunFailed
+from strategies.randomness import begin_at
 from strategies.reduction import reduce_in_bfloat16
 
 
@@ -225,6 +226,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
         # Seed and step together tell the dropout of this step from that of any other.
         key = (self.args.seed << 32) + self.state.global_step
+        # Checkpoints hold the first GPU's generator alone, and a resumed run draws what it would have drawn.
+        begin_at(key, schedule.devices[1:])
         losses = schedule.run(micro_batches, forward, backward=self.accelerator.backward, key=key)
         return [loss.to(self.args.device) for loss in losses]
 

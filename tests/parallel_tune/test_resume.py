@@ -12,9 +12,11 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from started_commands import Alive, Command, Ended, Once, finding_processes
 
@@ -203,6 +205,34 @@ def test_a_run_that_saves_its_best_evaluations_saves_where_it_stops_too(
     stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=["checkpoint-1", "checkpoint-3"])
     assert stopped.code == 75, stopped.err
     assert "after step 3 of 10; checkpoint-3 is on disk" in stopped.err
+
+
+def test_a_step_of_a_split_begins_each_further_generator_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold the generator of the first GPU alone: what others draw must follow from the step."""
+    from parallel_tune.training import GlobalBatchTrainer
+    from strategies import randomness
+
+    devices = [torch.device(name) for name in ("cpu", "meta", "mps")]  # the further ones stand for GPUs
+    generators = {device: torch.Generator().manual_seed(place) for place, device in enumerate(devices)}
+    monkeypatch.setattr(randomness, "generator_of", generators.__getitem__)
+
+    def draw(*_: Any, **__: Any) -> list[torch.Tensor]:
+        return [torch.rand((), generator=generator) for generator in generators.values()]
+
+    def step(number: int) -> list[float]:
+        trainer: Any = SimpleNamespace(
+            optimizer=None,
+            state=SimpleNamespace(global_step=number),
+            args=SimpleNamespace(seed=1, device="cpu"),
+            accelerator=SimpleNamespace(backward=None),
+        )
+        schedule: Any = SimpleNamespace(devices=devices, run=draw)
+        model = SimpleNamespace(training=True)
+        return [float(loss) for loss in GlobalBatchTrainer._run_step(trainer, schedule, model, [], None)]
+
+    first, second, again = step(1), step(2), step(1)
+    assert first[1:] == again[1:] and first[0] != again[0]
+    assert len({*first, *second}) == 6
 
 
 def test_a_rank_that_never_ends_is_not_waited_for(ended_alone: Ended) -> None:
