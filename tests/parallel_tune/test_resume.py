@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -205,6 +206,21 @@ def test_a_run_that_saves_its_best_evaluations_saves_where_it_stops_too(
     stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=["checkpoint-1", "checkpoint-3"])
     assert stopped.code == 75, stopped.err
     assert "after step 3 of 10; checkpoint-3 is on disk" in stopped.err
+
+
+@pytest.mark.parametrize(("step", "evaluations"), [(3, []), (5, [5])])
+def test_a_stop_is_no_end_of_an_epoch_and_the_evaluation_at_one_is_kept(
+    step: int, evaluations: list[int], tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """An epoch has five steps. What was evaluated counts for early stopping, so a resumed run must know just that."""
+    split = ("--strategy=noted_split", "--hardware=cpu:2", "--eval_strategy=epoch")
+    command = tune.start(*split, env=noting | {"FAULT": f"hold:0:{(step - 1) * SPLIT_PASSES + 1}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=[f"checkpoint-{step}"])
+    assert stopped.code == 75, stopped.err
+    state = json.loads((stopped.run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == evaluations
+    rows = [json.loads(row) for row in (stopped.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, *evaluations]
 
 
 def test_a_step_of_a_split_begins_each_further_generator_anew(monkeypatch: pytest.MonkeyPatch) -> None:
