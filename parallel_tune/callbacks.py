@@ -93,6 +93,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._write(
             {
                 "step": state.global_step,
+                "steps": len(steps),
                 "max_steps": state.max_steps,
                 "epoch": state.epoch,
                 "loss": logs["loss"],

@@ -223,6 +223,27 @@ def test_a_stop_is_no_end_of_an_epoch_and_the_evaluation_at_one_is_kept(
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, *evaluations]
 
 
+def test_steps_that_were_trained_again_count_once(tmp_path: Path) -> None:
+    """A row comes every five steps and at a stop; the checkpoint of the stop was passed over."""
+    from parallel_tune.callbacks import MetricsWriter
+    from parallel_tune.rundir import RunDir, read_metrics
+    from parallel_tune.sampler import GlobalBatches
+
+    session: Any = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    batches = GlobalBatches(lengths=(3,) * 20, targets=(2,) * 20, global_batch=1, seed=0)
+
+    def train(first: int, *rows: int) -> int:
+        writer = MetricsWriter(RunDir(tmp_path), batches, session)
+        states: list[Any] = [SimpleNamespace(global_step=step, max_steps=20, epoch=0.0) for step in (first, *rows)]
+        writer.on_train_begin(None, states[0], None)  # type: ignore[arg-type]
+        for state in states[1:]:
+            writer.on_log(None, state, None, {"loss": 1.0})  # type: ignore[arg-type]
+        return writer.samples
+
+    assert [train(0, 5, 7), train(5, 10), train(10, 15)] == [7, 10, 15]
+    assert [row["step"] for row in read_metrics(RunDir(tmp_path))] == [5, 10, 15]
+
+
 def test_a_step_of_a_split_begins_each_further_generator_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints hold the generator of the first GPU alone: what others draw must follow from the step."""
     from parallel_tune.training import GlobalBatchTrainer
