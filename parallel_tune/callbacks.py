@@ -93,6 +93,7 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._write(
             {
                 "step": state.global_step,
+                "steps": len(steps),
                 "max_steps": state.max_steps,
                 "epoch": state.epoch,
                 "loss": logs["loss"],
@@ -179,4 +180,13 @@ class StopAtSignal(TrainerCallback):  # type: ignore[misc]
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """A stop amid an epoch is not its end; an evaluation that is due there belongs in the checkpoint."""
+        if self.stopped:
+            control.should_evaluate = control.should_evaluate and float(state.epoch).is_integer()
+            control.should_save = control.should_evaluate
         return control

@@ -64,8 +64,8 @@ def write(
 ) -> None:
     """Gather every rank's measurements and write the report from the main one. Every rank calls it.
 
-    The plan counts rows of the full sequence length (`planned_peak_bytes`); the measurement is held against the
-    prediction for the rows that were trained (`predicted_*_bytes`).
+    The plan counts rows of the full sequence length, unless it knew the run's own (`planned_peak_bytes`); the
+    measurement is held against the prediction for the rows that were trained (`predicted_*_bytes`).
     """
     measured: dict[int, dict[str, Any]] = {}
     for by_device in session.gather(measure_devices(plan, session, use)):
@@ -83,7 +83,7 @@ def write(
     except ParallelTuneError as error:
         # The run is done, and its report is worth more than one prediction.
         predictions = [device.memory for device in plan.devices]
-        note = {"prediction_note": f"the plan's own, for full rows, since: {error.message}"}
+        note = {"prediction_note": f"the plan's own, since: {error.message}"}
     body = {
         "strategy": plan.strategy,
         "engine": plan.engine,

@@ -173,7 +173,7 @@ def read_outcome(run: RunDir, rank: int) -> Outcome | None:
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """All complete rows of metrics.jsonl; where a resumed run trained a step again, the later row counts."""
+    """All complete rows of metrics.jsonl; where a resumed run trained steps again, the later row counts."""
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
     try:
         lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -182,7 +182,10 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows[(int(row["step"]), "eval_loss" in row)] = row
+            step = int(row["step"])
+            for again in range(step - int(row.get("steps", 1)) + 1, step):
+                rows.pop((again, False), None)
+            rows[(step, "eval_loss" in row)] = row
         except (ValueError, KeyError, TypeError):
             continue
     return [rows[key] for key in sorted(rows)]

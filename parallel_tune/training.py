@@ -31,6 +31,7 @@ from strategies.base import Schedule, Session
 from strategies.clipping import clip_over_devices
 from strategies.contracts import Plan
 from strategies.errors import RunFailed
+from strategies.randomness import begin_at
 from strategies.reduction import reduce_in_bfloat16
 
 
@@ -228,6 +229,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
         # Seed and step together tell the dropout of this step from that of any other.
         key = (self.args.seed << 32) + self.state.global_step
+        # Checkpoints hold the first GPU's generator alone, and a resumed run draws what it would have drawn.
+        begin_at(key, schedule.devices[1:])
         losses = schedule.run(micro_batches, forward, backward=self.accelerator.backward, key=key)
         return [loss.to(self.args.device) for loss in losses]
 
@@ -239,7 +242,9 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             return {f"{metric_key_prefix}_loss": self._evaluated[1]}
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         most_rows = self.args.per_device_eval_batch_size
-        loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
+        # Which the model enters by itself only once it has been prepared for training.
+        with self.accelerator.autocast():
+            loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self._has_best:
@@ -269,7 +274,8 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self.checkpoints.remember_best(self.state)
-        return bool(super()._determine_best_metric(metrics, trial))
+        # Where the best are saved this alone decides whether a checkpoint is; one that a stop has asked for is due too.
+        return bool(super()._determine_best_metric(metrics, trial)) or self.control.should_save
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite_weights()
@@ -349,7 +355,6 @@ def build_trainer(
     def pad(rows: list[Any]) -> dict[str, Any]:
         return collate(rows, tokenizer.pad_token_id)
 
-    half = dtype != torch.float32
     arguments = Arguments(
         output_dir=str(run_path),
         run_name=config.run_name,
@@ -369,8 +374,8 @@ def build_trainer(
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
         seed=config.seed,
-        bf16=half and dtype == torch.bfloat16,
-        fp16=half and dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         logging_strategy="steps",
         logging_steps=config.logging_steps,
         logging_first_step=True,

@@ -202,7 +202,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     checkpoints = CheckpointWriter(session, config.save_total_limit, lambda: stop.stopped)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges()],
+        engine.training_arguments(plan),
+        [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges(), checkpoints],
         gathering.gather, first_epoch.tokens_at_once(plan.micro_batch), checkpoints,
     )  # fmt: skip
     startup.mark("prepare")

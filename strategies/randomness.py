@@ -31,6 +31,12 @@ def set_states(states: Mapping[torch.device, Tensor]) -> None:
         generator_of(device).set_state(state)
 
 
+def begin_at(key: int, devices: Iterable[torch.device]) -> None:
+    """Let each device's generator begin at a number of its own, made from the key."""
+    for place, device in enumerate(devices):
+        generator_of(device).manual_seed(seed_of(key, place))
+
+
 def leave_capture(device: torch.device) -> None:
     """Let a GPU's generator be used again after a capture that failed, which leaves it waiting for the capture's end.
 

@@ -92,15 +92,11 @@ class StageCapture:
         return found[lane] if found else None
 
     def give_up(self, reason: str) -> None:
-        """Run everything eagerly from here on."""
+        """Run everything eagerly from here on, and free all recordings."""
         if self.report.reason is not None:
             return
         _log.warning("steps are no longer captured, since %s", reason)
         self.report.reason = reason
-        self.close()
-
-    def close(self) -> None:
-        """Free all recordings."""
         self._recordings.clear()
         self._first.clear()
         self._run.clear()

@@ -75,7 +75,7 @@ class Clock:
         assert best is not None
         return best, moment
 
-    def mark(self, device: torch.device) -> float | torch.cuda.Event:
+    def mark(self, device: torch.device) -> Mark:
         """This moment on `device`, in its current stream's order."""
         if device.type != "cuda":
             return time.perf_counter()
@@ -83,7 +83,7 @@ class Clock:
         event.record(torch.cuda.current_stream(device))
         return event
 
-    def seconds(self, device: torch.device, mark: float | torch.cuda.Event) -> float:
+    def seconds(self, device: torch.device, mark: Mark) -> float:
         """A mark in seconds since the clock's start; waits until the device has reached it."""
         if isinstance(mark, float):
             return mark - self._start
@@ -126,7 +126,7 @@ class Course:
     seeds: tuple[tuple[torch.device, ...], ...]
     key: tuple[int, ...]
     lent: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
-    marks: list[tuple[int, int, str, float | torch.cuda.Event, float | torch.cuda.Event]] = field(default_factory=list)
+    marks: list[tuple[int, int, str, Mark, Mark]] = field(default_factory=list)
 
     def segments(self) -> list[Segment]:
         """The schedule as it ran, by start; waits for the devices to finish it."""
@@ -150,7 +150,7 @@ class Visit:
         self._aside = aside
         self._stage = -1
         self._backward = False
-        self._start: float | torch.cuda.Event = 0.0
+        self._start: Mark = 0.0
 
     def go(self, stage: int, backward: bool) -> None:
         """Leave the segment held, if any, then wait for this one and enter it.

@@ -48,18 +48,21 @@ def test_progress_below_the_threshold_is_none(compared: Callable[[str], Any]) ->
 
 
 def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any]) -> None:
-    """Cut off between the best evaluation and the last one."""
+    """Cut off between the best evaluation and the last one, moved, and to save no more than better ones from then."""
     alone = compared("stopped, one")
     best, stopped = alone.report["best_step"], alone.report["stopped_early_at_step"]
     (cut,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
     shutil.rmtree(cut.run / "adapter")
-    config = cut.run / "config.yaml"
-    config.write_text(config.read_text().replace(f"max_steps: {best + 2}", "max_steps: -1"))
-    resumed = tune("resume", str(cut.run), base=False)
+    run = cut.run.rename(cut.run.with_name("moved"))
+    settings = (run / "config.yaml").read_text()
+    for name, before, after in (("max_steps", best + 2, -1), ("save_steps", 2, 0)):
+        settings = settings.replace(f"{name}: {before}\n", f"{name}: {after}\n")
+    (run / "config.yaml").write_text(settings)
+    resumed = tune("resume", str(run), base=False)
     assert f"resuming from checkpoint-{best + 2}" in resumed.out
     assert f"stopped early after step {stopped}" in resumed.out
-    assert (cut.report["best_step"], cut.report["stopped_early_at_step"]) == (best, stopped)
-    assert cut.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
+    assert (resumed.report["best_step"], resumed.report["stopped_early_at_step"]) == (best, stopped)
+    assert resumed.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
 def test_a_run_without_an_evaluation_is_refused(tune: Any) -> None:

@@ -216,6 +216,13 @@ def test_dora_and_biases_train_alike_in_replicas_and_in_lanes(
     assert all(adapters[0][name].abs().max() > 1e-3 for name in biases)  # they began at 0
 
 
+def test_held_out_rows_are_evaluated_in_the_precision_of_training(run_it: Any, biased: tuple[str, ...]) -> None:
+    """Biases that train are in float32, the weights beside them in bfloat16: only autocast brings them together."""
+    half = ("--strategy=model_parallel", "--pipeline=on", "--dtype=bfloat16", "--val_size=6")
+    (run,) = run_it.in_turn((*biased, *half))
+    assert run.report["held_out_loss_after"] < run.report["held_out_loss_before"]
+
+
 def test_a_text_that_is_not_there_is_refused_before_anything_starts(run_it: Any, text_file: Path) -> None:
     ended = run_it.ended(f"--raw_text_file={text_file.with_name('boook.txt')}", "--hardware=cpu:1")
     assert ended.code == 2

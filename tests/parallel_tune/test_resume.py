@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from started_commands import Alive, Command, Ended, Once, finding_processes
 
@@ -135,8 +138,14 @@ def ended_alone(interrupted: Ended, tune: Any, third_party: Path, once: Once, al
     return once("ended_alone", run)
 
 
-def stop_in_order(command: Command, notes: Path, alive: Alive, *signals: signal.Signals) -> Ended:
-    """Signal a run that is held in its seventh step, and let it go."""
+def stop_in_order(
+    command: Command,
+    notes: Path,
+    alive: Alive,
+    *signals: signal.Signals,
+    left: Sequence[str] = ("checkpoint-6", "checkpoint-7"),
+) -> Ended:
+    """Signal a run that is held in a step, the seventh say, and let it go; these checkpoints are then there."""
     command.wait_for(notes / "held")
     for number in signals:
         command.send(number)
@@ -144,7 +153,7 @@ def stop_in_order(command: Command, notes: Path, alive: Alive, *signals: signal.
     (notes / "go").touch()
     stopped = command.wait()
     assert not alive(stopped.run)
-    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
+    assert checkpoints(stopped.run) == list(left)
     return stopped
 
 
@@ -185,6 +194,82 @@ def test_a_closed_terminal_stops_a_split_in_order_and_it_goes_on(
     command = tune.start(*SPLIT, env=noting | {"FAULT": f"hold:0:{6 * SPLIT_PASSES + 1}"})
     stopped = stop_in_order(command, tmp_path, alive, signal.SIGHUP, signal.SIGHUP)
     check_stop_and_resume(stopped, tune("resume", str(stopped.run), base=False, env=noting), split_run)
+
+
+def test_a_run_that_saves_its_best_evaluations_saves_where_it_stops_too(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """Gradients clipped to nothing make no evaluation better than the first."""
+    still = ("--eval_steps=1", "--load_best_model_at_end", "--optim=sgd", "--max_grad_norm=1e-30")
+    split = ("--strategy=noted_split", "--hardware=cpu:2")
+    command = tune.start(*split, *still, env=noting | {"FAULT": f"hold:0:{2 * SPLIT_PASSES + 1}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=["checkpoint-1", "checkpoint-3"])
+    assert stopped.code == 75, stopped.err
+    assert "after step 3 of 10; checkpoint-3 is on disk" in stopped.err
+
+
+@pytest.mark.parametrize(("step", "evaluations"), [(3, []), (5, [5])])
+def test_a_stop_is_no_end_of_an_epoch_and_the_evaluation_at_one_is_kept(
+    step: int, evaluations: list[int], tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """An epoch has five steps. What was evaluated counts for early stopping, so a resumed run must know just that."""
+    split = ("--strategy=noted_split", "--hardware=cpu:2", "--eval_strategy=epoch")
+    command = tune.start(*split, env=noting | {"FAULT": f"hold:0:{(step - 1) * SPLIT_PASSES + 1}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=[f"checkpoint-{step}"])
+    assert stopped.code == 75, stopped.err
+    state = json.loads((stopped.run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == evaluations
+    rows = [json.loads(row) for row in (stopped.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, *evaluations]
+
+
+def test_steps_that_were_trained_again_count_once(tmp_path: Path) -> None:
+    """A row comes every five steps and at a stop; the checkpoint of the stop was passed over."""
+    from parallel_tune.callbacks import MetricsWriter
+    from parallel_tune.rundir import RunDir, read_metrics
+    from parallel_tune.sampler import GlobalBatches
+
+    session: Any = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    batches = GlobalBatches(lengths=(3,) * 20, targets=(2,) * 20, global_batch=1, seed=0)
+
+    def train(first: int, *rows: int) -> int:
+        writer = MetricsWriter(RunDir(tmp_path), batches, session)
+        states: list[Any] = [SimpleNamespace(global_step=step, max_steps=20, epoch=0.0) for step in (first, *rows)]
+        writer.on_train_begin(None, states[0], None)  # type: ignore[arg-type]
+        for state in states[1:]:
+            writer.on_log(None, state, None, {"loss": 1.0})  # type: ignore[arg-type]
+        return writer.samples
+
+    assert [train(0, 5, 7), train(5, 10), train(10, 15)] == [7, 10, 15]
+    assert [row["step"] for row in read_metrics(RunDir(tmp_path))] == [5, 10, 15]
+
+
+def test_a_step_of_a_split_begins_each_further_generator_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold the generator of the first GPU alone: what others draw must follow from the step."""
+    from parallel_tune.training import GlobalBatchTrainer
+    from strategies import randomness
+
+    devices = [torch.device(name) for name in ("cpu", "meta", "mps")]  # the further ones stand for GPUs
+    generators = {device: torch.Generator().manual_seed(place) for place, device in enumerate(devices)}
+    monkeypatch.setattr(randomness, "generator_of", generators.__getitem__)
+
+    def draw(*_: Any, **__: Any) -> list[torch.Tensor]:
+        return [torch.rand((), generator=generator) for generator in generators.values()]
+
+    def step(number: int) -> list[float]:
+        trainer: Any = SimpleNamespace(
+            optimizer=None,
+            state=SimpleNamespace(global_step=number),
+            args=SimpleNamespace(seed=1, device="cpu"),
+            accelerator=SimpleNamespace(backward=None),
+        )
+        schedule: Any = SimpleNamespace(devices=devices, run=draw)
+        model = SimpleNamespace(training=True)
+        return [float(loss) for loss in GlobalBatchTrainer._run_step(trainer, schedule, model, [], None)]
+
+    first, second, again = step(1), step(2), step(1)
+    assert first[1:] == again[1:] and first[0] != again[0]
+    assert len({*first, *second}) == 6
 
 
 def test_a_rank_that_never_ends_is_not_waited_for(ended_alone: Ended) -> None:
