@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from accelerate import AutocastKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -24,6 +22,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
+from parallel_tune.model_methods import read_adapters_onto, stays_in_training
 from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen, keep_from_ending_the_run
@@ -301,31 +300,6 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._save_error = error
-
-
-@contextmanager
-def stays_in_training(model: nn.Module) -> Iterator[None]:
-    """Within it a model that trains answers `train()` at once.
-
-    transformers calls it for each micro-batch, which walks through thousands of modules: 4 ms of an 8B's with adapters.
-    """
-    if not model.training or "train" in vars(model):
-        yield
-        return
-    model.train = lambda mode=True: model  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.train
-
-
-def read_adapters_onto(model: Any, device: torch.device) -> None:
-    """Let checkpoints' adapters be read onto this device.
-
-    By itself peft reads them onto "cuda", which is the first GPU for safetensors, whatever the current one is: each
-    resumed rank would hold a context there as well.
-    """
-    model.load_adapter = partial(model.load_adapter, torch_device=str(device))
 
 
 def build_trainer(

@@ -373,7 +373,7 @@ def test_adapters_are_read_onto_the_ranks_own_device(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from parallel_tune.training import read_adapters_onto
+    from parallel_tune.model_methods import read_adapters_onto
 
     base = AutoModelForCausalLM.from_pretrained(tied_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, split_run.run / "adapter")
