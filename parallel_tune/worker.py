@@ -138,6 +138,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         import torch
 
         from parallel_tune import report
+        from parallel_tune.best import FindBest
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
         from parallel_tune.checkpoint import require_room, weight_bytes
         from parallel_tune.checkpoint_writer import CheckpointWriter
@@ -194,6 +195,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
+    best = [FindBest(run.path)] if config.load_best_model_at_end else []
     profiled = []
     if config.profile_steps:
         from parallel_tune.profiling import ProfileSteps
@@ -202,7 +204,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     checkpoints = CheckpointWriter(session, config.save_total_limit, lambda: stop.stopped)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges()],
+        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, *best, LogAtEdges()],
         gathering.gather, first_epoch.tokens_at_once(plan.micro_batch), checkpoints,
     )  # fmt: skip
     startup.mark("prepare")
