@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.launch import pid_file
-from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output
+from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output, take_sigterm
 from parallel_tune.rescue import NotWritten, agreed, write_somewhere
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from parallel_tune.startup import Startup
@@ -56,6 +56,7 @@ def end_at_signal(run: RunDir, rank: int) -> None:
         leave(error.exit_code)
 
     signal.signal(signal.SIGTERM, end)
+    take_sigterm()
 
 
 def run_to_its_end(

@@ -178,6 +178,24 @@ def test_a_signal_stops_a_run_of_ddp_in_order_and_it_goes_on(
     check_stop_and_resume(interrupted, ended_alone, ddp_run)
 
 
+def test_a_signal_to_all_processes_leaves_time_for_the_checkpoint(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """As `systemctl stop` or `scancel` sends it; torchrun by itself kills what has not ended half a minute later."""
+    fault = {"FAULT": f"hold:0:{6 * DDP_PASSES + 1}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    command = tune.start(*DDP, env=noting | fault)
+    command.wait_for(tmp_path / "held")
+    for pid in alive(command.run):
+        os.kill(pid, signal.SIGTERM)
+    command.wait_for_word("stopping after this step")
+    time.sleep(3)
+    (tmp_path / "go").touch()
+    stopped = command.wait()
+    assert stopped.code == 75, stopped.err
+    assert not alive(stopped.run)
+    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
+
+
 def test_a_closed_terminal_stops_a_split_in_order_and_it_goes_on(
     tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path, split_run: Any
 ) -> None:
