@@ -143,7 +143,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
         from parallel_tune.checkpoint import require_room, weight_bytes
         from parallel_tune.checkpoint_writer import CheckpointWriter
-        from parallel_tune.data.prepare import prepare_data
+        from parallel_tune.data.prepare import prepare_data, require_same_rows
         from parallel_tune.data_part import describe_data
         from parallel_tune.fused_head import use_chunked_loss
         from parallel_tune.gathering import choose_gathering
@@ -161,6 +161,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     model, tokenizer = engine.load(config, plan, session, dtype)
     startup.mark("load")
     train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
+    require_same_rows(config, train_rows, held_out_rows, session)
     startup.mark("data")
     batches = GlobalBatches(
         lengths=tuple(train_rows.lengths),

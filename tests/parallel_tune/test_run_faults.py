@@ -121,3 +121,14 @@ def test_a_path_that_cannot_be_written_is_refused_before_training(name: str, sin
 def test_a_disk_with_room_is_not_called_full(tmp_path: Path) -> None:
     assert full_disk(tmp_path) == ""
     assert full_disk(tmp_path / "gone") == ""
+
+
+def test_a_dataset_that_the_ranks_read_differently_is_refused(tune: Any, tied_model: Path, tmp_path: Path) -> None:
+    """It stands for a file that somebody still writes to: each process finds its own environment in this one."""
+    text = tmp_path / "changing.txt"
+    text.symlink_to("/proc/self/environ")
+    data = (f"--model={tied_model}", f"--dataset={text}", "--max_seq_length=64", "--max_steps=2")
+    run = f"--output_dir={tmp_path / 'run'}"
+    ended = tune.ended("--strategy=ddp", "--hardware=cpu:2", *data, run, base=False)
+    assert ended.code == 2, ended.err
+    assert "changing.txt changed while it was read" in ended.err
