@@ -191,6 +191,8 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
             gathering.padded_reason,
             predicted,
         )
+        if checkpoint is not None:
+            data_part = data_part.after(run.data)
         data_part.save(run.data)
         loss_said = ["the loss is computed chunk by chunk"] if fused else []
         print(*data_part.lines(), *gathering.said(), *loss_said, sep="\n")

@@ -232,6 +232,21 @@ def test_nothing_is_trained_after_the_last_step(tune: Any, split_run: Any, tmp_p
     assert weights(run) == weights(split_run.run)
 
 
+def test_a_dataset_that_changed_since_is_told(tune: Any, split_run: Any, rows_file: Path, tmp_path: Path) -> None:
+    """Twice: the second resume finds the rows of the first."""
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(rows_file.read_text().splitlines()[:50]))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(rows_file), str(fewer)))
+    for _ in range(2):
+        resumed = tune("resume", str(run), base=False)
+        assert re.search(r"data +50 rows.*\n +CHANGED: the run began with 59 rows", resumed.out)
+        shutil.rmtree(run / "adapter")
+    config.write_text(config.read_text().replace(str(fewer), str(rows_file)))
+    assert "CHANGED" not in tune("resume", str(run), base=False).out
+
+
 def unfinished_copy(run: Path, to: Path) -> Path:
     """The run as it would be, had it been killed before its result was written."""
     shutil.copytree(run, to)
