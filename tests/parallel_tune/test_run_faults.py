@@ -166,3 +166,11 @@ def test_a_dataset_that_the_ranks_read_differently_is_refused(tune: Any, tied_mo
     ended = tune.ended("--strategy=ddp", "--hardware=cpu:2", *data, run, base=False)
     assert ended.code == 2, ended.err
     assert "changing.txt changed while it was read" in ended.err
+
+
+def test_a_missing_home_folder_is_named(tune: Any) -> None:
+    """A container's user may have none."""
+    ended = tune.ended(*SHORT, env={"XDG_CACHE_HOME": "~nobody-of-this-name/cache"})
+    assert ended.code == 2, ended.err
+    assert "no home folder in which the cache ~nobody-of-this-name/cache could lie" in ended.err
+    assert "Set HOME or XDG_CACHE_HOME" in ended.err
