@@ -247,6 +247,17 @@ def test_a_dataset_that_changed_since_is_told(tune: Any, split_run: Any, rows_fi
     assert "CHANGED" not in tune("resume", str(run), base=False).out
 
 
+def test_a_damaged_row_of_figures_does_not_keep_a_run_from_being_resumed(
+    tune: Any, split_run: Any, tmp_path: Path
+) -> None:
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"tokens"', '"tokenz"', 1))
+    resumed = tune("resume", str(run), base=False)
+    assert "the row of step 1 is damaged" in (run / "logs" / "rank-0.log").read_text()
+    assert resumed.report["samples"] == split_run.report["samples"] - split_run.metrics[0]["samples"]
+
+
 def unfinished_copy(run: Path, to: Path) -> Path:
     """The run as it would be, had it been killed before its result was written."""
     shutil.copytree(run, to)
