@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from parallel_tune.outcome import write_atomically
+from strategies.errors import ConfigError
 
 
 def cache_folder() -> Path:
-    """Where parallel-tune keeps what it need not find out twice."""
+    """Where parallel-tune keeps what it need not find out twice.
+
+    Raises:
+        ConfigError: there is no home folder, as for a container's user that no list of users names.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "parallel-tune"
+    try:
+        return Path(base).expanduser() / "parallel-tune"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no home folder in which the cache {base} could lie",
+            "Set HOME or XDG_CACHE_HOME to a folder that can be written.",
+        ) from error
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

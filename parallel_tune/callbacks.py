@@ -45,11 +45,17 @@ class MetricsWriter(TrainerCallback):  # type: ignore[misc]
         self._last_step = state.global_step
         for row in read_metrics(self._run):
             # What was trained before a resume counts too.
-            if "loss" in row and row["step"] <= state.global_step:
-                self.tokens += row["tokens"]
-                self.samples += row["samples"]
-                self.seconds += row["seconds"]
-                self.final_loss = row["loss"]
+            if "loss" in row and int(row["step"]) <= state.global_step:
+                try:
+                    figures = int(row["tokens"]), int(row["samples"]), float(row["seconds"]), float(row["loss"])
+                except (KeyError, TypeError, ValueError):
+                    # The weights are whole; figures that lack a row are no reason to lose them.
+                    print(f"{self._run.metrics}: the row of step {row['step']} is damaged, and does not count")
+                    continue
+                self.tokens += figures[0]
+                self.samples += figures[1]
+                self.seconds += figures[2]
+                self.final_loss = figures[3]
         self._last_time = self._issuing_since = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

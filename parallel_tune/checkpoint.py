@@ -111,10 +111,17 @@ def checksum(path: Path) -> int:
 
 
 def damaged_file(checkpoint: Path) -> str | None:
-    """The first file of a complete checkpoint that is not what was written; None if all are. Reads all of them."""
+    """The first file of a complete checkpoint that is not what was written; None if all are. Reads all of them.
+
+    One that cannot be read counts: on a broken disk, or of a name that is a flipped bit in the mark.
+    """
     mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
     for name, expected in mark.get("crc32", {}).items():
-        if checksum(checkpoint / name) != expected:
+        try:
+            found = checksum(checkpoint / name)
+        except OSError:
+            found = None
+        if found != expected:
             return str(name)
     return None
 

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
-from parallel_tune.checkpoint import is_complete, mark_complete, rotate, weight_bytes, written
+from parallel_tune.checkpoint import mark_complete, rotate, weight_bytes, written
 from parallel_tune.rescue import agreed, write_somewhere
 from strategies.base import Session
 from strategies.errors import RunFailed
 
 
-class CheckpointWriter(TrainerCallback):  # type: ignore[misc]
+class CheckpointWriter:
     """Writes the checkpoints of a run. Every rank has one, and calls it at the same steps.
 
     Attributes:
@@ -32,12 +32,6 @@ class CheckpointWriter(TrainerCallback):  # type: ignore[misc]
         self._best_before: tuple[float | None, int | None, str | None] = (None, None, None)
         self.missed: list[int] = []
         self.elsewhere: tuple[Path, RunFailed] | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that was moved, or a checkpoint that was written elsewhere, is resumed with a path of before."""
-        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if is_complete(best):
-            state.best_model_checkpoint = str(best)
 
     def remember_best(self, state: TrainerState) -> None:
         """Called before an evaluation may become the best one."""

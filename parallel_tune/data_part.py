@@ -46,6 +46,7 @@ class DataPart:
         packed: what packing made, if it was asked for.
         planned_peak_bytes: of each device, as planned.
         predicted_peak_bytes: of each device, for the rows of the first epoch.
+        begun_with: the summary of what the run began with, where a resume found another dataset; else None.
     """
 
     summary: str
@@ -55,10 +56,14 @@ class DataPart:
     packed: Packed | None
     planned_peak_bytes: Sequence[int]
     predicted_peak_bytes: Sequence[int]
+    begun_with: str | None = None
 
     def lines(self) -> list[str]:
         """For people."""
         said = [f"data           {self.summary}"]
+        if self.begun_with is not None:
+            said.append(f"               CHANGED: the run began with {self.begun_with}")
+            said.append("               the order of rows is another: some are learned twice, some not at all")
         if self.packed:
             said.append(
                 f"packing        {self.packed.rows:,} rows in {self.packed.sequences:,} sequences of at most "
@@ -78,6 +83,15 @@ class DataPart:
             f"{self.planned_peak_bytes[place] / GIB:.1f} GiB planned"
         )
         return said
+
+    def after(self, path: Path) -> DataPart:
+        """The same for a run that goes on, and whose `path` says what it found before."""
+        try:
+            before = DataPart.load(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            return self
+        first = before.begun_with or before.summary
+        return replace(self, begun_with=None if first == self.summary else first)
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=2))

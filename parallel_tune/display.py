@@ -54,6 +54,14 @@ class PlainLines:
         pass
 
 
+def _version(path: Path | None) -> tuple[int, int] | None:
+    """What tells a file from one that is later put in its place; None if there is none."""
+    if path is None or not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 class Display:
     """Follows a run's metrics and shows them, after what its data adds to the plan. An error of the display ends the
     display, never the run. Once the run's disk is full, it says so."""
@@ -63,6 +71,8 @@ class Display:
     ) -> None:
         self._follower = follower
         self._data = data
+        # A run that goes on has one from before, which may be of other rows.
+        self._data_before = _version(data)
         self._disk = disk
         self._view: View | None = view
         self._guard(view.start)
@@ -70,7 +80,7 @@ class Display:
     def poll(self) -> None:
         """Show what is new."""
         view = self._view
-        if view is not None and self._data is not None and self._data.exists():
+        if view is not None and self._data is not None and _version(self._data) not in (None, self._data_before):
             data, self._data = self._data, None
             self._guard(lambda: view.tell(DataPart.load(data).lines()))
         if view is not None and self._disk is not None and (full := full_disk(self._disk)):

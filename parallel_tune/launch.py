@@ -20,7 +20,7 @@ import click
 from parallel_tune.allocator import allocator_variables
 from parallel_tune.disk import full_disk
 from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
-from parallel_tune.process import WATCHER, die_with_parent
+from parallel_tune.process import WATCHER, begin_watched
 from parallel_tune.rundir import Outcome, RunDir
 from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
@@ -169,7 +169,7 @@ class Watcher:
                 stderr=log,
                 # A Ctrl-C in the terminal reaches this process alone, which tells the others in order.
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=begin_watched,
             )
         # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
         handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()

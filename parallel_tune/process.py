@@ -34,6 +34,21 @@ def die_with_parent(watcher_pid: int | None = None) -> None:
             leave(1)
 
 
+def begin_watched() -> None:
+    """The first thing that a process does which `launch.Watcher` starts, before it becomes the worker or torchrun.
+
+    SIGTERM waits until a worker takes it. torchrun never does: where all processes are sent one, as by `systemctl stop`
+    or `scancel`, it would kill a worker half a minute later, in the step or checkpoint that the run is to end with.
+    """
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def take_sigterm() -> None:
+    """From now on SIGTERM reaches this process; one that has waited comes at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Import libraries without garbage collections, and let later ones pass over what the libraries made.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parallel_tune.cache import cache_folder
 from strategies.base import Session
-from strategies.errors import RunFailed
+from strategies.errors import ConfigError, RunFailed
 
 WAIT_SECONDS = 60.0
 """How long somebody has to make room, where no place takes what was trained."""
@@ -86,5 +86,5 @@ def _new_folder(place: Callable[[], Path], run: Path, num_bytes: int) -> Path | 
         if shutil.disk_usage(parent).free < num_bytes:
             return None
         return Path(tempfile.mkdtemp(prefix=f"parallel-tune-rescued-{run.name}-", dir=parent)).absolute()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+    except (OSError, ConfigError):  # ConfigError: there is no home folder
         return None

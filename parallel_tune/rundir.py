@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -126,7 +127,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     )
     try:
         str(run.path).encode()
-        is_taken = run.plan.exists() or run.config.exists()
+        is_taken = run.plan.exists() or not _claim(run)
     except UnicodeEncodeError as error:
         # Weights are written by libraries that take UTF-8 alone: the run would fail after its last step.
         raise ConfigError(
@@ -134,20 +135,34 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot use the run directory {path}: {error.strerror}", "Choose another one.") from error
+    if is_taken and config.output_dir is None:
+        return create(config, plan, now)  # another command has just taken the name
     if is_taken:
         raise ConfigError(
             f"{path} holds a run already",
             f"Go on with it by `parallel-tune resume {path}`, or choose another --output_dir.",
         )
     try:
-        run.logs.mkdir(parents=True, exist_ok=True)
+        run.logs.mkdir(exist_ok=True)
         write_atomically(run.config, config.to_yaml())
         write_atomically(run.plan, plan.to_json())
     except OSError as error:
+        with contextlib.suppress(OSError):
+            run.config.unlink()  # the claim: another try may take the directory
         raise ConfigError(
             f"cannot write the run directory {path}: {error.strerror}", "Choose another --output_dir."
         ) from error
     return run
+
+
+def _claim(run: RunDir) -> bool:
+    """Make the directory this command's own; False if it is another's. Of two that ask at once one has it."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.config.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _absolute(name: str) -> str:

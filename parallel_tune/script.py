@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from parallel_tune import script_guard
 from parallel_tune.outcome import Outcome, log_file, outcome_file, process_id_file, save, write_atomically
-from parallel_tune.process import die_with_parent, leave, redirect_output
+from parallel_tune.process import die_with_parent, leave, redirect_output, take_sigterm
 from parallel_tune.script_placement import placement
 
 MODEL_VARIABLE = "PARALLEL_TUNE_MODEL"
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> NoReturn:
     logs, rank = Path(arguments[0]) / "logs", int(os.environ.get("RANK", "0"))
     redirect_output(log_file(logs, rank))
     write_atomically(process_id_file(logs, rank), str(os.getpid()))
+    take_sigterm()
     # Whoever watches passes Ctrl-C on, whatever was ignored where it was started, as in a shell script's background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     take_device(os.environ)

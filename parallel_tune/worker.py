@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from parallel_tune.device_use import CardUse, look_before
 from parallel_tune.launch import pid_file
-from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output
+from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output, take_sigterm
 from parallel_tune.rescue import NotWritten, agreed, write_somewhere
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
 from parallel_tune.startup import Startup
@@ -56,6 +56,7 @@ def end_at_signal(run: RunDir, rank: int) -> None:
         leave(error.exit_code)
 
     signal.signal(signal.SIGTERM, end)
+    take_sigterm()
 
 
 def run_to_its_end(
@@ -138,10 +139,11 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
         import torch
 
         from parallel_tune import report
+        from parallel_tune.best import FindBest
         from parallel_tune.callbacks import FirstStep, MetricsWriter, StopAtSignal
         from parallel_tune.checkpoint import require_room, weight_bytes
         from parallel_tune.checkpoint_writer import CheckpointWriter
-        from parallel_tune.data.prepare import prepare_data
+        from parallel_tune.data.prepare import prepare_data, require_same_rows
         from parallel_tune.data_part import describe_data
         from parallel_tune.fused_head import use_chunked_loss
         from parallel_tune.gathering import choose_gathering
@@ -159,6 +161,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     model, tokenizer = engine.load(config, plan, session, dtype)
     startup.mark("load")
     train_rows, held_out_rows, data_report = prepare_data(config, tokenizer)
+    require_same_rows(config, train_rows, held_out_rows, session)
     startup.mark("data")
     batches = GlobalBatches(
         lengths=tuple(train_rows.lengths),
@@ -188,12 +191,15 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
             gathering.padded_reason,
             predicted,
         )
+        if checkpoint is not None:
+            data_part = data_part.after(run.data)
         data_part.save(run.data)
         loss_said = ["the loss is computed chunk by chunk"] if fused else []
         print(*data_part.lines(), *gathering.said(), *loss_said, sep="\n")
     metrics = MetricsWriter(run, batches, session)
     patience = config.early_stopping_patience
     early = [StopEarly(patience, config.early_stopping_threshold, session)] if patience is not None else []
+    best = [FindBest(run.path)] if config.load_best_model_at_end else []
     profiled = []
     if config.profile_steps:
         from parallel_tune.profiling import ProfileSteps
@@ -202,8 +208,7 @@ def train(run: RunDir, checkpoint: Path | None, use: CardUse | None = None) -> A
     checkpoints = CheckpointWriter(session, config.save_total_limit, lambda: stop.stopped)
     trainer = build_trainer(
         model, tokenizer, train_rows, held_out_rows, batches, config, plan, session, dtype, run.path,
-        engine.training_arguments(plan),
-        [*profiled, FirstStep(startup), metrics, stop, *early, LogAtEdges(), checkpoints],
+        engine.training_arguments(plan), [*profiled, FirstStep(startup), metrics, stop, *early, *best, LogAtEdges()],
         gathering.gather, first_epoch.tokens_at_once(plan.micro_batch), checkpoints,
     )  # fmt: skip
     startup.mark("prepare")

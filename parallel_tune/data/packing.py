@@ -14,9 +14,10 @@ ROWS_AT_ONCE = 100_000
 class PackedRows(Sequence[EncodedRow]):
     """Sequences of rows, one behind the other; `row_lengths` of a sequence says where they part."""
 
-    def __init__(self, dataset: Any) -> None:
-        """Takes a `datasets.Dataset` of `input_ids`, `labels` and `row_lengths`."""
+    def __init__(self, dataset: Any, digest: str) -> None:
+        """Takes a `datasets.Dataset` of `input_ids`, `labels` and `row_lengths`, and the digest of the rows in it."""
         self._dataset = dataset
+        self.digest = digest
         self._row_lengths: list[list[int]] = list(dataset["row_lengths"])
 
     def __len__(self) -> int:
@@ -65,4 +66,4 @@ def pack(rows: EncodedRows, sequence_length: int) -> PackedRows:
 
     how = {"batch_size": ROWS_AT_ONCE, "keep_in_memory": True, "load_from_cache_file": False}
     packed = pack_dataset(rows.to_dataset(), sequence_length, strategy="bfd", map_kwargs=how)
-    return PackedRows(packed.rename_column("seq_lengths", "row_lengths"))
+    return PackedRows(packed.rename_column("seq_lengths", "row_lengths"), rows.digest)

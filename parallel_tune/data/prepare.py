@@ -14,6 +14,7 @@ from parallel_tune.data.identity import data_identity, key_of
 from parallel_tune.data.loading import Row, load_rows, local_files, read_text
 from parallel_tune.data.packing import PackedRows, pack
 from parallel_tune.data.rows import DataReport, EncodedRows
+from strategies.base import Session
 from strategies.errors import ConfigError
 
 
@@ -33,6 +34,24 @@ def prepare_data(
         return train, held_out, report
     packed = pack(train, config.max_seq_length)
     return packed, held_out, replace(report, sequences=len(packed))
+
+
+def require_same_rows(
+    config: TrainConfig, train: EncodedRows | PackedRows, held_out: EncodedRows | None, session: Session
+) -> None:
+    """Refuse a dataset that changed while the ranks read it. Every rank calls it.
+
+    They would take different rows for a step's, and the one with more steps would wait for the others for ever.
+
+    Raises:
+        ConfigError: not all ranks have the same rows.
+    """
+    digests = session.gather([rows.digest for rows in (train, held_out) if rows is not None])
+    if any(digest != digests[0] for digest in digests):
+        raise ConfigError(
+            f"{config.data_source} changed while it was read: the processes have different rows",
+            "Start again when nothing writes to it any more, or with a copy of it.",
+        )
 
 
 def encoded_rows(config: TrainConfig, tokenizer: Any) -> kept.Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,14 @@ class EncodedRows(Sequence[EncodedRow]):
     def parts(self) -> tuple[array[int], ...]:
         """All that they consist of: where rows end, token ids, labels."""
         return self._ends, self._input_ids, self._labels
+
+    @property
+    def digest(self) -> str:
+        """What tells these rows from any others."""
+        found = hashlib.sha256()
+        for part in self.parts:
+            found.update(memoryview(part))
+        return found.hexdigest()
 
     @property
     def counts(self) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 from parallel_tune.checkpoint import (
     MARK,
     complete_checkpoints,
+    damaged_file,
     is_complete,
     mark_complete,
     require_room,
@@ -56,6 +57,16 @@ def test_damage_is_seen(tmp_path: Path, damage: str) -> None:
             (folder / MARK).write_text("[1]")
     assert not is_complete(folder)
     assert complete_checkpoints(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    """A flipped bit in the mark: its list of checksums names a file that is not there."""
+    folder = make(tmp_path, 4)
+    assert damaged_file(folder) is None
+    sizes, checksums = (folder / MARK).read_text().split('"crc32"')
+    (folder / MARK).write_text(sizes + '"crc32"' + checksums.replace("weights", "veights"))
+    assert is_complete(folder)
+    assert damaged_file(folder) == "veights"
 
 
 def test_order_is_by_number(tmp_path: Path) -> None:

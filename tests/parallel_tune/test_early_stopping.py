@@ -65,6 +65,26 @@ def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any
     assert resumed.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
+def test_a_run_that_was_moved_keeps_its_best_weights_and_damaged_ones_are_not_taken(
+    tune: Any, compared: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """A checkpoint's state names the best one by the path that it was written to."""
+    best = compared("stopped, one").report["best_step"]
+    (cut,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
+    shutil.rmtree(cut.run / "adapter")
+    moved = cut.run.rename(tmp_path / "moved")
+    damaged = Path(shutil.copytree(moved, tmp_path / "damaged"))
+    content = bytearray((damaged / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes())
+    content[-5] ^= 4
+    (damaged / f"checkpoint-{best}" / "adapter_model.safetensors").write_bytes(content)
+    for run, kept in ((moved, best), (damaged, best + 2)):
+        resumed = tune("resume", str(run), base=False)
+        assert resumed.report.get("best_step", best + 2) == kept
+        assert resumed.report["held_out_loss_after"] == pytest.approx(held_out(run)[kept], rel=1e-5)
+        saved = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert saved == (run / f"checkpoint-{kept}" / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_run_without_an_evaluation_is_refused(tune: Any) -> None:
     ended = tune.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
     assert ended.code == 2

@@ -187,6 +187,24 @@ def test_a_signal_stops_a_run_of_ddp_in_order_and_it_goes_on(
     check_stop_and_resume(interrupted, ended_alone, ddp_run)
 
 
+def test_a_signal_to_all_processes_leaves_time_for_the_checkpoint(
+    tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    """As `systemctl stop` or `scancel` sends it; torchrun by itself kills what has not ended half a minute later."""
+    fault = {"FAULT": f"hold:0:{6 * DDP_PASSES + 1}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    command = tune.start(*DDP, env=noting | fault)
+    command.wait_for(tmp_path / "held")
+    for pid in alive(command.run):
+        os.kill(pid, signal.SIGTERM)
+    command.wait_for_word("stopping after this step")
+    time.sleep(3)
+    (tmp_path / "go").touch()
+    stopped = command.wait()
+    assert stopped.code == 75, stopped.err
+    assert not alive(stopped.run)
+    assert checkpoints(stopped.run) == ["checkpoint-6", "checkpoint-7"]
+
+
 def test_a_closed_terminal_stops_a_split_in_order_and_it_goes_on(
     tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path, split_run: Any
 ) -> None:
@@ -297,6 +315,32 @@ def test_nothing_is_trained_after_the_last_step(tune: Any, split_run: Any, tmp_p
     assert [row["step"] for row in resumed.metrics if "loss" in row][-1] == 10
     assert resumed.report["steps"] == 10 and resumed.report["tokens"] == split_run.report["tokens"]
     assert weights(run) == weights(split_run.run)
+
+
+def test_a_dataset_that_changed_since_is_told(tune: Any, split_run: Any, rows_file: Path, tmp_path: Path) -> None:
+    """Twice: the second resume finds the rows of the first."""
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(rows_file.read_text().splitlines()[:50]))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(rows_file), str(fewer)))
+    for _ in range(2):
+        resumed = tune("resume", str(run), base=False)
+        assert re.search(r"data +50 rows.*\n +CHANGED: the run began with 59 rows", resumed.out)
+        shutil.rmtree(run / "adapter")
+    config.write_text(config.read_text().replace(str(fewer), str(rows_file)))
+    assert "CHANGED" not in tune("resume", str(run), base=False).out
+
+
+def test_a_damaged_row_of_figures_does_not_keep_a_run_from_being_resumed(
+    tune: Any, split_run: Any, tmp_path: Path
+) -> None:
+    run = unfinished_copy(split_run.run, tmp_path / "copy")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"tokens"', '"tokenz"', 1))
+    resumed = tune("resume", str(run), base=False)
+    assert "the row of step 1 is damaged" in (run / "logs" / "rank-0.log").read_text()
+    assert resumed.report["samples"] == split_run.report["samples"] - split_run.metrics[0]["samples"]
 
 
 def unfinished_copy(run: Path, to: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -118,6 +119,58 @@ def test_a_path_that_cannot_be_written_is_refused_before_training(name: str, sin
         create(config.replace(output_dir=str(tmp_path / name)), plan)
 
 
+def make_runs(made: Path, options: dict[str, Any], folders: list[Path], begin: Any, ends: Any) -> None:
+    config, plan = RunDir(made).read()
+    for folder in folders:
+        os.chdir(folder)
+        begin.wait()
+        try:
+            ends.put((folder.name, str(create(config.replace(**options), plan, now=0.0).path)))
+        except ConfigError as error:
+            ends.put((folder.name, error.message))
+
+
+@pytest.mark.parametrize("options", [{"output_dir": None}, {"output_dir": "same"}])
+def test_of_two_runs_that_begin_at_once_none_takes_the_others_directory(
+    options: dict[str, Any], single_run: Any, tmp_path: Path
+) -> None:
+    """As in a shell's loop over learning rates, each in the background."""
+    folders = [tmp_path / str(number) for number in range(20)]
+    for folder in folders:
+        folder.mkdir()
+    context = multiprocessing.get_context("spawn")
+    begin, ends = context.Barrier(2), context.Queue()
+    arguments = (single_run.run, options, folders, begin, ends)
+    both = [context.Process(target=make_runs, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    said = [ends.get(timeout=60) for _ in range(2 * len(folders))]
+    for process in both:
+        process.join()
+    assert len(set(said)) == len(said)
+    refused = sum("same holds a run already" in words for _, words in said)
+    assert refused == (0 if options["output_dir"] is None else len(folders))
+
+
 def test_a_disk_with_room_is_not_called_full(tmp_path: Path) -> None:
     assert full_disk(tmp_path) == ""
     assert full_disk(tmp_path / "gone") == ""
+
+
+def test_a_dataset_that_the_ranks_read_differently_is_refused(tune: Any, tied_model: Path, tmp_path: Path) -> None:
+    """It stands for a file that somebody still writes to: each process finds its own environment in this one."""
+    text = tmp_path / "changing.txt"
+    text.symlink_to("/proc/self/environ")
+    data = (f"--model={tied_model}", f"--dataset={text}", "--max_seq_length=64", "--max_steps=2")
+    run = f"--output_dir={tmp_path / 'run'}"
+    ended = tune.ended("--strategy=ddp", "--hardware=cpu:2", *data, run, base=False)
+    assert ended.code == 2, ended.err
+    assert "changing.txt changed while it was read" in ended.err
+
+
+def test_a_missing_home_folder_is_named(tune: Any) -> None:
+    """A container's user may have none."""
+    ended = tune.ended(*SHORT, env={"XDG_CACHE_HOME": "~nobody-of-this-name/cache"})
+    assert ended.code == 2, ended.err
+    assert "no home folder in which the cache ~nobody-of-this-name/cache could lie" in ended.err
+    assert "Set HOME or XDG_CACHE_HOME" in ended.err
