@@ -116,4 +116,5 @@ def _declared_device(index: int, gpu: Gpu) -> Device:
         free_bytes=(gpu.total_mib - gpu.reserved_mib) * MIB,
         supports_bf16=gpu.supports_bf16,
         matmul_flops_per_second=gpu.matmul_flops_per_second,
+        float32_flops_per_second=gpu.float32_flops_per_second,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallel_tune.gpus import FALLBACK_PEAK_TFLOPS, SUSTAINED_SHARE, known_gpu
+from parallel_tune.gpus import FALLBACK_FLOAT32_TFLOPS, FALLBACK_PEAK_TFLOPS, SUSTAINED_SHARE, known_gpu
 from strategies.contracts import Device, Hardware
 from strategies.errors import ConfigError
 
@@ -171,9 +171,11 @@ def _text(value: str | bytes) -> str:
 def _device(index: int, gpu: NvmlGpu) -> Device:
     known = known_gpu(gpu.name, gpu.total_bytes // MIB)
     if known is not None:
-        rate = known.matmul_flops_per_second
+        rate, float32_rate = known.matmul_flops_per_second, known.float32_flops_per_second
     else:
-        rate = FALLBACK_PEAK_TFLOPS.get(gpu.compute_capability[0], 60.0) * 1e12 * SUSTAINED_SHARE
+        major = gpu.compute_capability[0]
+        rate = FALLBACK_PEAK_TFLOPS.get(major, 60.0) * 1e12 * SUSTAINED_SHARE
+        float32_rate = FALLBACK_FLOAT32_TFLOPS.get(major, 8.0) * 1e12 * SUSTAINED_SHARE
     return Device(
         index=index,
         name=gpu.name,
@@ -182,4 +184,5 @@ def _device(index: int, gpu: NvmlGpu) -> Device:
         free_bytes=gpu.free_bytes,
         supports_bf16=gpu.compute_capability >= (8, 0),
         matmul_flops_per_second=rate,
+        float32_flops_per_second=float32_rate,
     )

@@ -23,7 +23,8 @@ class Device:
         kind: "cuda", or "cpu" for a virtual device of a machine without GPUs.
         capacity_bytes: all of its memory, as NVML reports it.
         free_bytes: what is free before the run.
-        matmul_flops_per_second: sustained dense matrix rate in the training dtype.
+        matmul_flops_per_second: sustained dense matrix rate, in half precision on a GPU.
+        float32_flops_per_second: likewise in float32, where that is another.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Device:
     free_bytes: int
     supports_bf16: bool = True
     matmul_flops_per_second: float = 1e11
+    float32_flops_per_second: float | None = None
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,9 @@ def micro_batch_seconds(
     costs = PASS_COSTS_TOKENS[settings.engine] + (UNPACKING_COSTS_TOKENS if settings.load_in_4bit else 0)
     seconds *= 1 + costs / (arrangement.micro_batch * settings.sequence_length)
     seconds *= 1 + NO_PRODUCT_SHARE[settings.engine] * (WIDTH / facts.hidden_size - 1)
+    no_half = settings.compute_dtype == "float32" or (settings.compute_dtype == "bfloat16" and not device.supports_bf16)
+    if no_half and device.float32_flops_per_second:
+        seconds = max(seconds, flops / device.float32_flops_per_second)  # the products alone
     return max(seconds, LEAST_LAYER_SECONDS[settings.engine] * part.num_layers)
 
 
