@@ -114,7 +114,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
-        path = unused(Path("outputs") / f"{stamp}-{name}-{plan.strategy}")
+        path = new_folder(f"{stamp}-{name}-{plan.strategy}")
     run = RunDir(path.absolute())
     # A resume may come from another working directory.
     raw_text_file = _absolute(config.raw_text_file) if config.raw_text_file else None
@@ -135,8 +135,6 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot use the run directory {path}: {error.strerror}", "Choose another one.") from error
-    if is_taken and config.output_dir is None:
-        return create(config, plan, now)  # another command has just taken the name
     if is_taken:
         raise ConfigError(
             f"{path} holds a run already",
@@ -171,11 +169,22 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def unused(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
+def new_folder(name: str) -> Path:
+    """A folder in outputs/ of this name, or numbered where there is one: of two that ask at once each has its own.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    path, number = Path("outputs") / name, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"cannot make {path}: {error.strerror}", "Choose another --output_dir.") from error
 
 
 def write_outcome(run: RunDir, rank: int, outcome: Outcome) -> None:

@@ -177,7 +177,7 @@ def make_folder(asked: str | None, script: Path, chosen: ScriptLaunch) -> rundir
         ConfigError: it holds a run already, or cannot be made.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = Path(asked) if asked else rundir.unused(Path("outputs") / f"{stamp}-{script.stem}-{chosen.strategy}")
+    path = Path(asked) if asked else rundir.new_folder(f"{stamp}-{script.stem}-{chosen.strategy}")
     run = rundir.RunDir(path.absolute())
     if run.plan.exists():
         raise ConfigError(f"{path} holds a run already", "Choose another --output_dir.")

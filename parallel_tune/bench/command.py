@@ -33,7 +33,7 @@ from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import headline
 from parallel_tune.report import versions
 from parallel_tune.reporting.pictures import have_matplotlib
-from parallel_tune.rundir import unused, write_atomically
+from parallel_tune.rundir import new_folder, write_atomically
 from strategies.contracts import Hardware
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, RunFailed, StrategiesCombined
 
@@ -278,7 +278,7 @@ def _make_folder(config: TrainConfig) -> Path:
             raise ConfigError(f"{folder} holds a benchmark already", "Choose another --output_dir.")
     else:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)
-        folder = unused(Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-bench")
+        folder = new_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-bench")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
