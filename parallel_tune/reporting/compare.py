@@ -21,7 +21,7 @@ from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError
 
 HEAD = ["run", "strategy", "engine", "trained", "processes", "global batch", "steps", "samples", "tokens", "time"]
-HEAD += ["samples/s", "tokens/s", "final loss", "peak memory"]
+HEAD += ["samples/s", "tokens/s", "final loss", "held-out loss", "peak memory"]
 TEXT_COLUMNS = 4
 MOST_RUNS = 10
 WIDEST_RIM = 8.0
@@ -84,7 +84,7 @@ def unique_names(runs: Sequence[RunFigures]) -> list[str]:
 
 def row(run: RunFigures, name: str) -> list[str]:
     """What the table says of a run."""
-    totals, peak = run.totals, run.peak_bytes
+    totals, peak, held_out = run.totals, run.peak_bytes, run.held_out_loss
     return [
         name,
         run.plan.strategy,
@@ -99,6 +99,7 @@ def row(run: RunFigures, name: str) -> list[str]:
         f"{totals.samples_per_second or 0:,.2f}",
         f"{totals.tokens_per_second or 0:,.0f}",
         f"{totals.final_loss:.4f}",
+        f"{held_out:.4f}" if held_out is not None else "–",
         size(peak) if peak is not None else "–",
     ]
 

@@ -72,6 +72,13 @@ class RunFigures:
         )
 
     @property
+    def held_out_loss(self) -> float | None:
+        """Of the result; of the last evaluation where the run did not end well; None without held-out rows."""
+        if self.report is not None and self.report.get("held_out_loss_after") is not None:
+            return float(self.report["held_out_loss_after"])
+        return float(self.held_out[-1]["eval_loss"]) if self.held_out else None
+
+    @property
     def kind(self) -> str:
         """What is trained: "full", "LoRA" or "QLoRA", with the rank."""
         if self.config.full_finetuning:

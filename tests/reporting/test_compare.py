@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_table_holds_the_reports_figures(three: list[RunDir]) -> None:
         assert cells["final loss"] == f"{report['final_loss']:.4f}"
         assert cells["peak memory"] == ("21.40 GiB" if report["world_size"] == 1 else "21.70 GiB")
     assert [run.kind for run in runs] == ["LoRA r16", "LoRA r16", "QLoRA r16"]
+
+
+def test_the_held_out_loss_is_that_of_the_result_or_else_of_the_last_evaluation(three: list[RunDir]) -> None:
+    run = load(three[0].path)
+    assert run.report is not None
+    last = f"{run.held_out[-1]['eval_loss']:.4f}"
+    best = replace(run, report={**run.report, "held_out_loss_after": 1.25})
+    unfinished, without = replace(run, report=None), replace(run, report=None, held_out=[])
+    for case, said in ((best, "1.2500"), (unfinished, last), (without, "–")):
+        assert comparing.row(case, "a run")[comparing.HEAD.index("held-out loss")] == said
 
 
 def test_ddp_does_an_epoch_in_half_the_steps(three: list[RunDir]) -> None:
