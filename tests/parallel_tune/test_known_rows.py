@@ -98,7 +98,7 @@ def test_short_rows_go_together_and_are_not_recomputed() -> None:
 
 
 def test_short_rows_are_captured_where_full_ones_leave_no_room() -> None:
-    options = {"global_batch_size": 8, "strategy": "ddp"}
+    options = {"global_batch_size": 8, "per_device_train_batch_size": 4, "strategy": "ddp"}
     config, full = plan_of(None, "2xH100-80GB", **options)
     assert not full.captured and full.gradient_accumulation_steps == 1
     assert could_do_better(config, full, 2)
