@@ -19,6 +19,10 @@ COLORS = ("#3b62d0", "#e4572e", "#12876f", "#b47a00", "#8e44d6", "#d6457f", "#8a
 RULE = "#d9dde5"
 COLUMNS = 2
 CHART_INCHES, ROW_INCHES = 3.8, 0.3
+LONGEST_NAME = 56
+"""Characters of a run's name that are shown; of a longer one its beginning and its end."""
+LEGEND_CHARACTERS = 140
+"""That fit side by side."""
 
 
 def have_matplotlib() -> bool:
@@ -56,12 +60,21 @@ def make_figure(charts: Sequence[tuple[Frame, Sequence[Curve]]], rows: Sequence[
     if charts:
         handles = figure.axes[0].get_lines()
         names = [str(line.get_label()) for line in handles]
-        figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
+        columns = max(1, min(3, len(names), LEGEND_CHARACTERS // (max(map(len, names), default=0) + 8)))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
 def _table(axes: Axes, rows: Sequence[Sequence[str]]) -> None:
-    table = axes.table(cellText=[list(row) for row in rows], cellLoc="right", loc="center", edges="horizontal")
+    cells = [[_shortened(name), *others] for name, *others in rows]
+    widths = [max(map(len, column)) + 4 for column in zip(*cells, strict=True)]
+    table = axes.table(
+        cellText=cells,
+        cellLoc="right",
+        loc="center",
+        edges="horizontal",
+        colWidths=[width / sum(widths) for width in widths],
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
     for (line, column), cell in table.get_celld().items():
@@ -69,8 +82,14 @@ def _table(axes: Axes, rows: Sequence[Sequence[str]]) -> None:
         cell.set_height(1 / (len(rows) + 1))
         if column == 0:
             cell.set_text_props(ha="left")
+            cell.PAD = 0.02  # a share of its width, which is large
         if line == 0:
             cell.set_text_props(color="#5b6475")
+
+
+def _shortened(name: str) -> str:
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def _panel(panel: Axes, frame: Frame, curves: Sequence[Curve]) -> None:
@@ -87,7 +106,7 @@ def _panel(panel: Axes, frame: Frame, curves: Sequence[Curve]) -> None:
             linewidth=curve.width,
             linestyle="--" if curve.dash else "-",
             # "$" in a name would begin a formula, "_" at its start would hide it.
-            label=curve.name.replace("$", r"\$"),
+            label=_shortened(curve.name).replace("$", r"\$"),
         )
     x_axis, y_axis = make_axes(frame, curves)
     panel.set_xticks(x_axis.ticks, x_axis.labels())

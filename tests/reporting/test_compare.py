@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -99,6 +100,22 @@ def test_the_picture_holds_the_table_of_speeds(three: list[RunDir], tmp_path: Pa
         for cell in table.get_celld().values()
     ]
     assert sorted(said) == sorted(text for row in (head, *rows) for text in row)
+
+
+@pytest.mark.parametrize("name", ["20261130-003844-SmolLM2-135M-Instruct-model_parallel", "n" * 200])
+def test_long_names_lie_over_nothing_in_the_picture(name: str, three: list[RunDir]) -> None:
+    """Those of runs that were given none are long."""
+    runs, names = [load(run.path) for run in three], [f"{number}-{name}" for number in range(3)]
+    charts = comparing.make_charts(runs, names)
+    figure = pictures.make_figure([(chart.frame, chart.curves) for chart in charts], comparing.speed_rows(runs, names))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= figure.bbox.x1
+    (table,) = figure.axes[-1].tables
+    for line in range(len(runs) + 1):
+        boxes = [table[line, column].get_text().get_window_extent() for column in range(6)]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+        assert boxes[0].x0 >= 0 and boxes[-1].x1 <= figure.bbox.x1
 
 
 def test_command_prints_and_writes(three: list[RunDir], tmp_path: Path) -> None:
