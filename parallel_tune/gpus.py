@@ -15,6 +15,11 @@ SUSTAINED_SHARE = 0.66
 """Share of the datasheet's matrix rate that large products sustain (H100: about 650 of 989 TFLOP/s)."""
 
 
+def sustained(tflops: float) -> float:
+    """FLOP/s that large products sustain where the datasheet says so many TFLOP/s."""
+    return tflops * 1e12 * SUSTAINED_SHARE
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One model of GPU.
@@ -47,12 +52,12 @@ class Gpu:
     @property
     def matmul_flops_per_second(self) -> float:
         """Sustained, not peak."""
-        return self.peak_tflops * 1e12 * SUSTAINED_SHARE
+        return sustained(self.peak_tflops)
 
     @property
     def float32_flops_per_second(self) -> float:
         """Sustained, not peak."""
-        return self.float32_tflops * 1e12 * SUSTAINED_SHARE
+        return sustained(self.float32_tflops)
 
 
 GPUS: tuple[Gpu, ...] = (

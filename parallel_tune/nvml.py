@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parallel_tune.gpus import FALLBACK_FLOAT32_TFLOPS, FALLBACK_PEAK_TFLOPS, SUSTAINED_SHARE, known_gpu
+from parallel_tune.gpus import FALLBACK_FLOAT32_TFLOPS, FALLBACK_PEAK_TFLOPS, known_gpu, sustained
 from strategies.contracts import Device, Hardware
 from strategies.errors import ConfigError
 
@@ -174,8 +174,8 @@ def _device(index: int, gpu: NvmlGpu) -> Device:
         rate, float32_rate = known.matmul_flops_per_second, known.float32_flops_per_second
     else:
         major = gpu.compute_capability[0]
-        rate = FALLBACK_PEAK_TFLOPS.get(major, 60.0) * 1e12 * SUSTAINED_SHARE
-        float32_rate = FALLBACK_FLOAT32_TFLOPS.get(major, 8.0) * 1e12 * SUSTAINED_SHARE
+        rate = sustained(FALLBACK_PEAK_TFLOPS.get(major, 60.0))
+        float32_rate = sustained(FALLBACK_FLOAT32_TFLOPS.get(major, 8.0))
     return Device(
         index=index,
         name=gpu.name,
