@@ -47,13 +47,20 @@ def test_progress_below_the_threshold_is_none(compared: Callable[[str], Any]) ->
     assert [path.name for path in run.run.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any]) -> None:
+@pytest.fixture(scope="module")
+def cut(tune: Any, compared: Callable[[str], Any]) -> Path:
+    """A run that ended between the best evaluation and the last one, without its result, and no longer where it was."""
+    best = compared("stopped, one").report["best_step"]
+    (run,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
+    shutil.rmtree(run.run / "adapter")
+    return Path(run.run.rename(run.run.with_name("cut")))
+
+
+def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path) -> None:
     """Cut off between the best evaluation and the last one, moved, and to save no more than better ones from then."""
     alone = compared("stopped, one")
     best, stopped = alone.report["best_step"], alone.report["stopped_early_at_step"]
-    (cut,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
-    shutil.rmtree(cut.run / "adapter")
-    run = cut.run.rename(cut.run.with_name("moved"))
+    run = Path(shutil.copytree(cut, tmp_path / "moved"))
     settings = (run / "config.yaml").read_text()
     for name, before, after in (("max_steps", best + 2, -1), ("save_steps", 2, 0)):
         settings = settings.replace(f"{name}: {before}\n", f"{name}: {after}\n")
@@ -66,13 +73,11 @@ def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any
 
 
 def test_a_run_that_was_moved_keeps_its_best_weights_and_damaged_ones_are_not_taken(
-    tune: Any, compared: Callable[[str], Any], tmp_path: Path
+    tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path
 ) -> None:
     """A checkpoint's state names the best one by the path that it was written to."""
     best = compared("stopped, one").report["best_step"]
-    (cut,) = tune.in_turn((*STOPPING_ALONE, "--save_steps=2", f"--max_steps={best + 2}"))
-    shutil.rmtree(cut.run / "adapter")
-    moved = cut.run.rename(tmp_path / "moved")
+    moved = Path(shutil.copytree(cut, tmp_path / "moved"))
     damaged = Path(shutil.copytree(moved, tmp_path / "damaged"))
     content = bytearray((damaged / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes())
     content[-5] ^= 4
