@@ -46,3 +46,9 @@ def test_the_overhead_is_that_of_equal_steps(benchmark: Any) -> None:
     assert found["first_step_warm"] == pytest.approx(0.05)
     assert found["losses_apart_unsloth"] == 0.0
     assert benchmark.figures(rows[:1], options)["overhead"] is None
+
+    options.cold_turns = 2
+    found = benchmark.figures(rows, options)
+    assert found["first_step_cold"] == pytest.approx(0.125)
+    assert found["first_step_cold_spread_unsloth"] == pytest.approx([0.05, 0.2])
+    assert found["first_step_warm"] is None

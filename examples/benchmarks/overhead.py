@@ -2,12 +2,14 @@
 
     python examples/benchmarks/overhead.py                        # Qwen3-1.7B shape on one GPU, both engines
     python examples/benchmarks/overhead.py --engines unsloth --repeat 3
+    python examples/benchmarks/overhead.py --repeat 4 --cold_turns 4 --steps 8    # how much later a first run starts
     python examples/benchmarks/overhead.py --small                # a tiny model on the CPU
 
-Both train in turn, bare first. A step of ours is held against the bare script's step on the same rows; the figure is
-the median of these ratios over all steps after the first few. The first turn begins with empty caches and is the cold
-one of the time to the first step, which counts from the start of the command; the later ones are warm. Both losses are
-kept beside each other. Writes results/overhead.HARDWARE.json beside this file.
+Both train in turn; bare goes first in the first turn, ours in the second, and so on. A step of ours is held against the
+bare script's step on the same rows; the figure is the median of these ratios over all steps after the first few. The
+first turns (--cold_turns) begin with empty caches and are the cold ones of the time to the first step, which counts
+from the start of the command; the later ones are warm. Both losses are kept beside each other. Writes
+results/overhead.HARDWARE.json beside this file.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--cold_turns", type=int, default=1, help="so many turns begin with empty caches")
     parser.add_argument("--small", action="store_true")
     add_common(parser)
     return parser.parse_args(arguments)
@@ -75,6 +78,7 @@ def measure(
     same = [f"--max_seq_length={length}", f"--optim={optimizer}", "--lr_scheduler_type=constant_with_warmup"]
     for engine, turn in product(options.engines.split(","), range(options.repeat)):
         sides = {side: f"{side}-{engine}-{turn}" for side in ("bare", "ours")}
+        cold = turn < options.cold_turns
         if all(map(has, sides.values())):
             continue
         if turn == 0 and not options.small:
@@ -86,7 +90,7 @@ def measure(
             with suppress(RuntimeError):  # the runs will say it
                 call([sys.executable, "-c", libraries], folder, timeout=options.run_seconds)
 
-        def bare(engine: str = engine, name: str = sides["bare"], cold: bool = turn == 0) -> dict[str, Any]:
+        def bare(engine: str = engine, name: str = sides["bare"], cold: bool = cold) -> dict[str, Any]:
             found = train_bare(
                 "bare_sft.py", model, ordered, options.steps, folder / f"{name}.json",
                 f"--engine={engine}", f"--batch={options.batch}", f"--accumulation={options.accumulation}",
@@ -96,7 +100,7 @@ def measure(
             )  # fmt: skip
             return {name: found[name] for name in ("seconds", "losses", "first_step_seconds")}
 
-        def ours(engine: str = engine, name: str = sides["ours"], cold: bool = turn == 0) -> dict[str, Any]:
+        def ours(engine: str = engine, name: str = sides["ours"], cold: bool = cold) -> dict[str, Any]:
             metrics, report = train(
                 folder / name, model, rows, "--strategy=ddp", f"--engine={engine}", "--max_devices=1",
                 f"--per_device_train_batch_size={options.batch}",
@@ -114,7 +118,7 @@ def measure(
                 "versions": report["versions"],
             }
 
-        for side, run in (("bare", bare), ("ours", ours)):
+        for side, run in (("bare", bare), ("ours", ours))[:: 1 if turn % 2 == 0 else -1]:
             if not has(sides[side]):
                 yield tried(sides[side], run, engine=engine, turn=turn)
 
@@ -152,13 +156,19 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
         bare, ours = (
             [statistics.median(pair[side]["seconds"][step] for pair in pairs) for step in steps] for side in (0, 1)
         )
-        starts = [pair[1]["first_step_seconds"] / pair[0]["first_step_seconds"] - 1 for pair in pairs]
+        starts = {
+            turn: ours["first_step_seconds"] / bare["first_step_seconds"] - 1
+            for turn, (bare, ours) in zip(turns, pairs, strict=True)
+        }
+        cold = [share for turn, share in starts.items() if turn < options.cold_turns]
+        warm = [share for turn, share in starts.items() if turn >= options.cold_turns]
         found |= {
             f"overhead_{engine}": statistics.median(b / a for a, b in zip(bare, ours, strict=True)) - 1,
             f"step_seconds_bare_{engine}": statistics.median(bare),
             f"step_seconds_ours_{engine}": statistics.median(ours),
-            f"first_step_cold_{engine}": starts[0],
-            f"first_step_warm_{engine}": statistics.median(starts[1:]) if starts[1:] else None,
+            f"first_step_cold_{engine}": statistics.median(cold) if cold else None,
+            f"first_step_cold_spread_{engine}": [min(cold), max(cold)] if cold else None,
+            f"first_step_warm_{engine}": statistics.median(warm) if warm else None,
             f"losses_apart_{engine}": apart(pairs[0][1]["losses"], pairs[0][0]["losses"]),
         }
     for name in ("overhead", "first_step_cold", "first_step_warm"):
