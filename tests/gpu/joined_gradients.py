@@ -1,10 +1,14 @@
 """Gradients of padded and of joined rows on one GPU, for an engine and a model family; prints JSON.
 
-python joined_gradients.py ENGINE FAMILY FOLDER
+    python joined_gradients.py ENGINE FAMILY FOLDER
+
+What they are held against is one row a pass: of transformers in float32, so that two kernels of bfloat16 that round
+each in its own way are judged by the same measure; of Unsloth, whose kernels want bfloat16, as they are.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -98,7 +102,7 @@ def main(engine: str, family: str, folder: Path) -> None:
     targets = torch.tensor(sum(LENGTHS) - len(LENGTHS), device="cuda")
     device = torch.device("cuda", 0)
 
-    def step(batches: Iterator[dict[str, Any]]) -> tuple[float, torch.Tensor]:
+    def step(batches: Iterator[dict[str, Any]], model: Any = model, exact: bool = False) -> tuple[float, torch.Tensor]:
         model.zero_grad(set_to_none=True)
         total = 0.0
         for batch in batches:
@@ -106,7 +110,7 @@ def main(engine: str, family: str, folder: Path) -> None:
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             if lengths:
                 inputs |= boundary_arguments(lengths, engine, device)
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda", torch.bfloat16, enabled=not exact):
                 loss = model(**inputs, num_items_in_batch=targets).loss
             loss.backward()
             total += float(loss.detach())
@@ -118,7 +122,10 @@ def main(engine: str, family: str, folder: Path) -> None:
     def joined(count: int) -> Iterator[dict[str, Any]]:
         return (join(rows[at : at + count], 0) for at in range(0, len(rows), count))
 
-    loss, gradient = step(padded(1))  # one row a pass: no padding either
+    if engine == "transformers":
+        loss, gradient = step(padded(1), copy.deepcopy(model).float(), exact=True)
+    else:
+        loss, gradient = step(padded(1))
     said: dict[str, Any] = {"loss": loss}
     for name, batches in (("padded", padded(4)), ("again", padded(2))):
         said[name] = compare(step(batches), loss, gradient)

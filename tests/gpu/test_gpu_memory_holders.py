@@ -107,9 +107,10 @@ def test_a_rank_has_touched_no_card_when_it_chooses_its_own(
     shutil.rmtree(run / "adapter")  # the worker that follows makes it anew
     program = tmp_path / "program.py"
     program.write_text(WATCHED)
+    card = checkout.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # a worker on its own sees no other one
     done = subprocess.run(
         [sys.executable, program, run, states],
-        env=checkout | {"HF_HUB_OFFLINE": "1"}, check=False, timeout=300,
+        env=checkout | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": card}, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, (run / "logs" / "rank-0.log").read_text()[-3000:]
     found = json.loads(states.read_text())

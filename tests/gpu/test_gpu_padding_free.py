@@ -34,10 +34,10 @@ def test_gradients_of_joined_rows_are_those_of_padded_rows(engine: str, family: 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     said = json.loads(done.stdout.splitlines()[-1])
     print(engine, family, said)
-    # Another arrangement of padded rows differs by rounding; joined rows may by about as much.
+    # Padded rows in other arrangements differ by rounding; joined rows may by about as much.
     noise = max(said["padded"]["gradient"], said["again"]["gradient"], 5e-3)
     for name in ("joined", "all joined"):
-        assert said[name]["gradient"] < 2 * noise
+        assert said[name]["gradient"] < (1.5 if engine == "transformers" else 2) * noise
         assert said[name]["loss"] < 2e-3
     if engine == "transformers":
         assert said["flash_serves"] == (said["flash_kernels"] > 0)
