@@ -1,5 +1,7 @@
-"""Files of weights, written as fast as the page cache takes them: tensors may share memory, so that a model far larger
-than memory can be made of a few blocks of numbers."""
+"""Files of weights, written as fast as the page cache takes them.
+
+Tensors may share memory, so that a model far larger than memory can be made of a few blocks of numbers.
+"""
 
 from __future__ import annotations
 
