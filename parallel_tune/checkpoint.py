@@ -137,12 +137,13 @@ def is_complete(checkpoint: Path) -> bool:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found: list[tuple[int, Path]] = []
-    for path in run.glob("checkpoint-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many optimizer steps a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def rotate(run: Path, keep: int | None, best: Path | None = None) -> None:

@@ -170,12 +170,30 @@ def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any)
 @program.command(context_settings=TOKENS)
 @click.argument("run", type=click.Path(file_okay=False))
 @click.option("--hub_token", default=None, help="Token for a push when it is done; else HF_TOKEN or the stored login.")
+@click.option(
+    "--replan", is_flag=True, default=False,
+    help="Plan the rest for the devices that are here now, be they fewer, more or others. Each step trains the rows "
+    "that it would have trained.",
+)  # fmt: skip
+@click.option("--strategy", default=None, help="Plan the rest anew by this strategy: ddp, model_parallel or auto.")
+@click.option("--max_devices", default=None, type=click.IntRange(min=1), help="Plan it for no more devices than this.")
+@click.option("--hardware", default=None, help="Plan it for declared devices, e.g. cpu:2.")
 @debug_option
-def resume(run: str, hub_token: str | None, debug: bool) -> None:
+def resume(
+    run: str,
+    hub_token: str | None,
+    replan: bool,
+    strategy: str | None,
+    max_devices: int | None,
+    hardware: str | None,
+    debug: bool,
+) -> None:
     """Go on with a run from its last complete checkpoint."""
     from parallel_tune import commands
+    from parallel_tune.replan import Changes
 
-    commands.resume(Path(run), hub_token)
+    changes = Changes(strategy, hardware, max_devices)
+    commands.resume(Path(run), hub_token, changes if replan or changes != Changes() else None)
 
 
 @program.command(short_help="Write an adapter, a merged model or a GGUF file.", context_settings=TOKENS)

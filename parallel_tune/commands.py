@@ -11,7 +11,7 @@ from typing import Any
 import click
 import psutil
 
-from parallel_tune import checkpoint, export_after, planning, refusal, rundir
+from parallel_tune import checkpoint, export_after, planning, refusal, replan, rundir
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
@@ -104,11 +104,16 @@ def _say(text: str) -> None:
         sys.stdout = io.StringIO()
 
 
-def resume(path: Path, hub_token: str | None = None) -> None:
+def resume(path: Path, hub_token: str | None = None, changes: replan.Changes | None = None) -> None:
     """Go on with a run from its last complete checkpoint.
 
+    Args:
+        changes: plan the rest anew, with these; None keeps the plan.
+
     Raises:
-        ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once.
+        ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once,
+            or its devices are gone.
+        NoStrategyFits: the rest was to be planned anew, and nothing fits.
     """
     launch = refusal.find_launch(os.environ)
     if launch is not None and launch.world_size > 1:
@@ -130,5 +135,12 @@ def resume(path: Path, hub_token: str | None = None) -> None:
             "Start again with --save_steps N to have checkpoints.",
         )
     check_needs(config.replace(hub_token=hub_token), run.path)
+    if changes is None:
+        replan.check_still_here(made, path)
+    else:
+        config, made, lines = replan.replan(config, made, changes)
+        replan.keep(run, checkpoint.step_of(complete[-1]), config, made)
+        for line in (*lines, render_plan(made)):
+            click.echo(line)
     click.echo(f"resuming from {complete[-1].name}")
     start(made, run, complete[-1], hub_token)

@@ -121,6 +121,8 @@ class SplitSession:
     is_main = True
 
     def __init__(self, plan: Plan) -> None:
+        if (started := int(os.environ.get("WORLD_SIZE", "1"))) != 1:
+            raise AssertionError(f"a split is one process, and the launcher started {started}")
         self._plan = plan
         self._cuda = plan.devices[0].kind == "cuda"
         self._stages: Stages | None = None

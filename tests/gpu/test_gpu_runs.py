@@ -124,3 +124,27 @@ def test_a_run_goes_on_and_its_exports_load_in_plain_peft(
     moved, off = (adapted - base).norm(), (merged - adapted).norm()
     print(f"adapter moves logits by {moved / base.norm():.2%}, merging by {off / base.norm():.2%}")
     assert off < moved / 4
+
+
+@pytest.mark.parametrize("changes", ["--max_devices=1", "--strategy=model_parallel"], ids=["one-card", "split"])
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+def test_a_run_on_two_cards_goes_on_otherwise(
+    engine: str, changes: str, tune: Any, shape: Callable[[str], Path], tmp_path: Path
+) -> None:
+    needs(engine)
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    batching = [option for option in BASE if "max_devices" not in option]
+    options = (f"--model={shape('llama-1b')}", f"--engine={engine}", *batching, "--strategy=ddp", "--capture=off")
+    whole = tune(tmp_path / "whole", *options, "--save_steps=3")
+    again = tmp_path / "again"
+    shutil.copytree(whole.path, again)
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(again / name)
+    resumed = tune(again, changes, verb="resume")
+    print(engine, changes, whole.losses, resumed.losses)
+    assert (whole.report["world_size"], resumed.report["world_size"]) == (2, 1)
+    assert [row["step"] for row in resumed.rows][-3:] == [4, 5, 6]
+    assert [row["samples"] for row in resumed.rows][-3:] == [row["samples"] for row in whole.rows][-3:]
+    # bfloat16 rounds in another order.
+    assert resumed.losses[-3:] == pytest.approx(whole.losses[-3:], rel=2e-2)
