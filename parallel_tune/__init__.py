@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parallel_tune.api import Run, describe, plan, tune
+    from parallel_tune.api import Run, describe, plan, resume, tune
     from parallel_tune.script_placement import Placement, placement
 
 __version__ = "0.1.0"
-__all__ = ["Placement", "Run", "__version__", "describe", "placement", "plan", "tune"]
+__all__ = ["Placement", "Run", "__version__", "describe", "placement", "plan", "resume", "tune"]
 
 _HOMES = {
     "Placement": "script_placement",
@@ -17,6 +17,7 @@ _HOMES = {
     "describe": "api",
     "placement": "script_placement",
     "plan": "api",
+    "resume": "api",
     "tune": "api",
 }
 

@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import click
 
 from parallel_tune import planning, refusal, rundir
+from parallel_tune.commands import resume as resume_run
 from parallel_tune.commands import start
 from parallel_tune.config import DEFAULT_DATASET, DEFAULT_MODEL, TrainConfig, make_config
 from parallel_tune.decision import check_present, decide, find_hardware
@@ -19,6 +20,7 @@ from parallel_tune.in_memory import dataset_path, model_name
 from parallel_tune.needs import check_needs
 from parallel_tune.option_types import Options
 from parallel_tune.plan_view import render_plan
+from parallel_tune.replan import Changes
 from parallel_tune.report import read as read_report
 from strategies.contracts import Plan
 from strategies.errors import StrategiesCombined
@@ -114,7 +116,7 @@ def tune(
         NoStrategyFits: no strategy fits, or not the one that was named.
         StrategiesCombined: replication and splitting were asked for together.
         RunFailed: training began and did not reach its end.
-        Stopped: it was interrupted; a checkpoint is on disk, and `parallel-tune resume` goes on from it.
+        Stopped: it was interrupted; a checkpoint is on disk, and `resume` goes on from it.
     """
     began = time.monotonic()
     config = make_config({**_named(model, dataset), **options, "strategy": strategy})
@@ -135,6 +137,38 @@ def tune(
         click.echo(line)
     start(made, run, None, config.hub_token, began)
     return Run(run.path)
+
+
+def resume(
+    run: str | os.PathLike[str] | Run,
+    *,
+    replan: bool = False,
+    strategy: str | None = None,
+    max_devices: int | None = None,
+    hardware: str | None = None,
+    hub_token: str | None = None,
+) -> Run:
+    """Go on with a run from its last complete checkpoint, and return it finished.
+
+    Args:
+        run: its directory.
+        replan: plan the rest for the devices that are here now; each step trains the rows that it would have trained.
+        strategy: plan the rest anew by this strategy, or by "auto".
+        max_devices: plan it for no more devices than this.
+        hardware: plan it for declared devices, e.g. "cpu:2".
+        hub_token: for a push when it is done.
+
+    Raises:
+        ConfigError: the run is finished, has no complete checkpoint, or its devices are gone.
+        NoStrategyFits: the rest was to be planned anew, and nothing fits.
+        RunFailed: it did not reach its end.
+        Stopped: it was interrupted; a checkpoint is on disk.
+    """
+    began = time.monotonic()
+    path = run.path if isinstance(run, Run) else Path(run)
+    changes = Changes(strategy, hardware, max_devices)
+    resume_run(path, hub_token, changes if replan or changes != Changes() else None, began)
+    return Run(path.absolute())
 
 
 def _named(model: object, dataset: object) -> dict[str, str]:

@@ -104,11 +104,14 @@ def _say(text: str) -> None:
         sys.stdout = io.StringIO()
 
 
-def resume(path: Path, hub_token: str | None = None, changes: replan.Changes | None = None) -> None:
+def resume(
+    path: Path, hub_token: str | None = None, changes: replan.Changes | None = None, began: float | None = None
+) -> None:
     """Go on with a run from its last complete checkpoint.
 
     Args:
         changes: plan the rest anew, with these; None keeps the plan.
+        began: as `start` takes it.
 
     Raises:
         ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once,
@@ -143,4 +146,4 @@ def resume(path: Path, hub_token: str | None = None, changes: replan.Changes | N
         for line in (*lines, render_plan(made)):
             click.echo(line)
     click.echo(f"resuming from {complete[-1].name}")
-    start(made, run, complete[-1], hub_token)
+    start(made, run, complete[-1], hub_token, began)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import parallel_tune
 from parallel_tune import replan
 from parallel_tune.decision import decide, find_hardware
 from parallel_tune.rundir import RunDir
@@ -71,6 +72,18 @@ def test_a_split_goes_on_as_replicas(tune: Any, split_run: Any, tmp_path: Path) 
     resumed = tune("resume", str(run), "--strategy=ddp", base=False)
     assert_the_same(resumed, split_run)
     assert resumed.report["world_size"] == 2
+
+
+def test_python_goes_on_with_a_run(single_run: Any, ddp_run: Any, tmp_path: Path) -> None:
+    run = cut_at_8(ddp_run.run, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="no strategy 'dpp'"):
+        parallel_tune.resume(run, strategy="dpp")
+    resumed = parallel_tune.resume(run, max_devices=1)
+    assert (resumed.path, resumed.plan.processes) == (run, 1)
+    losses = [row["loss"] for row in resumed.metrics if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in single_run.metrics if "loss" in row], rel=1e-5)
+    with pytest.raises(ConfigError, match="is finished"):
+        parallel_tune.resume(resumed)
 
 
 def test_the_product_of_the_first_plan_stays_the_global_batch(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
