@@ -33,9 +33,9 @@ from soak_faults import FAULTS, STOPPED_SECONDS, left  # noqa: E402
 WAYS: dict[str, tuple[str, ...]] = {
     "ddp": ("--strategy=ddp",),
     "split": ("--strategy=model_parallel", "--pipeline=on"),
-    "ddp, full": ("--strategy=ddp", "--full_finetuning", "--learning_rate=1e-3"),
+    "full": ("--strategy=ddp", "--full_finetuning", "--learning_rate=1e-3"),
 }
-OTHER = {"ddp": "model_parallel", "split": "ddp", "ddp, full": "model_parallel"}
+OTHER = {"ddp": "model_parallel", "split": "ddp", "full": "model_parallel"}
 OTHERWISE = 0.25
 """Share of resumes that go on by the other strategy."""
 LEAVING_SECONDS = 30
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Command line to options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--ways", default=",".join(("ddp", "split")), help="of: " + "; ".join(WAYS))
+    parser.add_argument("--ways", default=",".join(WAYS), help="of: " + ", ".join(WAYS))
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--save_steps", type=int, default=20)
     parser.add_argument("--most_faults", type=int, default=4, help="in one run")
@@ -192,8 +192,10 @@ def measure(soak: Soak) -> Iterator[dict[str, Any]]:
     ways = soak.options.ways.split(",")
     draw = random.Random(soak.options.seed)
     wholes: dict[str, tuple[Path, float]] = {}
+    if unknown := set(ways) - WAYS.keys():
+        raise SystemExit(f"--ways: {', '.join(sorted(unknown))} is none of {', '.join(WAYS)}")
     for way in ways:
-        run = soak.emptied(f"whole-{way}".replace(", ", "-"))
+        run = soak.emptied(f"whole-{way}")
         say(f"{way}: undisturbed")
         began = time.monotonic()
         code = soak.ended(soak.start(soak.command(run, way), run.with_suffix(".log")))
