@@ -108,7 +108,7 @@ def check_still_here(plan: Plan, run: Path) -> None:
     if missing:
         raise ConfigError(
             f"the run was planned for {len(plan.visible)} GPUs (device {missing[0].index} is {missing[0].name}), and "
-            f"this machine has {len(here) or 'none'}",
+            f"this command sees {len(here) or 'none'}",
             hint,
         )
     for device in plan.devices:

@@ -132,7 +132,7 @@ def test_a_run_whose_gpus_are_gone_says_so_at_once(
     (run / "plan.json").write_text(planned_for_two.to_json())
     refused = tune.ended("resume", str(run), base=False)
     assert refused.code == 2
-    assert "planned for 2 GPUs (device 0 is A100-40GB), and this machine has none" in refused.err
+    assert "planned for 2 GPUs (device 0 is A100-40GB), and this command sees none" in refused.err
     assert "resume" in refused.err and "--replan" in refused.err
 
 
@@ -148,7 +148,7 @@ def test_a_smaller_card_in_a_planned_ones_place_is_told(planned_for_two: Any, mo
     here("3xA100-80GB")
     replan.check_still_here(planned_for_two, Path("run"))
     here("1xA100-40GB")
-    with pytest.raises(ConfigError, match=r"device 1 is A100-40GB.*this machine has 1"):
+    with pytest.raises(ConfigError, match=r"device 1 is A100-40GB.*this command sees 1"):
         replan.check_still_here(planned_for_two, Path("run"))
     here("1xA100-40GB+1xT4-16GB")
     with pytest.raises(ConfigError, match=r"as device 1, which is T4-16GB with 15,360 MiB here") as refused:
