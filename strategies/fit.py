@@ -43,11 +43,24 @@ def shortfall_bytes(device: DevicePlan) -> int:
     return max(0, device.memory.needed_bytes - usable_bytes(device))
 
 
+MOST_APART = 2
+"""Devices alike that have a sentence each."""
+
+
 def shortfall_lines(devices: Sequence[DevicePlan]) -> tuple[str, ...]:
-    """A sentence for each device that is too small for its share of the plan."""
-    return tuple(
-        f"device {device.index} ({device.name}) needs {need(device.memory)} and has "
-        f"{gib(usable_bytes(device))} usable, {gib(shortfall_bytes(device))} short"
-        for device in devices
-        if shortfall_bytes(device) > 0
-    )
+    """A sentence for each device that is too small for its share of the plan, or for many that are so alike."""
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for device in devices:
+        if shortfall_bytes(device) > 0:
+            has = f"{gib(usable_bytes(device))} usable, {gib(shortfall_bytes(device))} short"
+            indices = alike.setdefault((device.name, need(device.memory), has), [])
+            if device.index not in indices:
+                indices.append(device.index)
+    lines: list[str] = []
+    for (name, needs, has), indices in alike.items():
+        if len(indices) > MOST_APART:
+            shown = f"{', '.join(map(str, indices[:-1]))} and {indices[-1]}"
+            lines.append(f"devices {shown} ({name}) each need {needs} and have {has}")
+        else:
+            lines += [f"device {index} ({name}) needs {needs} and has {has}" for index in indices]
+    return tuple(lines)

@@ -63,6 +63,16 @@ def test_a_named_strategy_is_refused_and_never_swapped(model: Make, cards: Make,
     assert (closest.strategy, closest.fits) == ("ddp", False)
 
 
+def test_many_cards_that_are_too_small_alike_are_told_once(
+    model: Make, cards: Make, registry: StrategyRegistry
+) -> None:
+    workload, estimate = model("70b")
+    with pytest.raises(NoStrategyFits) as refusal:
+        select(workload, cards(*["H100"] * 4), estimate, registry, "ddp")
+    short = "devices 0, 1, 2 and 3 (H100) each need 142.7 GiB and have 76.8 GiB usable, 66.0 GiB short."
+    assert refusal.value.message == f"ddp does not fit: {short}"
+
+
 def test_nothing_fits(model: Make, cards: Make, registry: StrategyRegistry) -> None:
     workload, estimate = model("405b")
     with pytest.raises(NoStrategyFits, match=r"no strategy fits\. Closest is model_parallel: device 0"):
