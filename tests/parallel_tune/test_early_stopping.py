@@ -72,6 +72,25 @@ def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any
     assert resumed.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
+def test_a_run_that_had_stopped_early_is_not_trained_further(
+    tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path
+) -> None:
+    """It ended after the checkpoint of the evaluation that stopped it, and before its result was on disk."""
+    best = compared("stopped, one").report["best_step"]
+    run = Path(shutil.copytree(cut, tmp_path / "stopped"))
+    settings = (run / "config.yaml").read_text()
+    for name, before, after in (("max_steps", best + 2, -1), ("early_stopping_patience", 2, 1)):
+        assert f"{name}: {before}\n" in settings
+        settings = settings.replace(f"{name}: {before}\n", f"{name}: {after}\n")
+    (run / "config.yaml").write_text(settings)
+    resumed = tune("resume", str(run), base=False)
+    assert f"resuming from checkpoint-{best + 2}" in resumed.out
+    assert resumed.report["steps"] == resumed.report["stopped_early_at_step"] == best + 2
+    assert max(row["step"] for row in resumed.metrics) == best + 2
+    assert resumed.report["best_step"] == best
+    assert resumed.report["held_out_loss_after"] == pytest.approx(held_out(run)[best], rel=1e-5)
+
+
 def test_a_run_that_was_moved_keeps_its_best_weights_and_damaged_ones_are_not_taken(
     tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path
 ) -> None:
