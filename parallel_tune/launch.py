@@ -20,7 +20,7 @@ import click
 from parallel_tune.allocator import allocator_variables
 from parallel_tune.disk import full_disk
 from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
-from parallel_tune.process import WATCHER, begin_watched
+from parallel_tune.process import WATCHER, begin_watched, drop_what_nobody_reads
 from parallel_tune.rundir import Outcome, RunDir
 from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
@@ -188,8 +188,11 @@ class Watcher:
         if number != signal.SIGHUP or not self._signals:
             self._signals += 1
             self._signal = signal.Signals(number)
+        drop_what_nobody_reads()
 
     def _show(self) -> None:
+        if self._signals:
+            drop_what_nobody_reads()
         with contextlib.suppress(OSError):  # the terminal may be gone; the run goes on
             self._on_poll()
 
