@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from started_commands import TIMEOUT_SECONDS, clean_environment, finding_processes
 
 COMMAND = (sys.executable, "-m", "parallel_tune")
@@ -54,3 +55,15 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
     while not there():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("resume", "nothing"), 2), (("plan", "--no_such_option"), 2)])
+def test_an_error_that_nobody_can_read_keeps_its_code(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    """A terminal that is gone takes neither output nor errors."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = subprocess.Popen((*COMMAND, *arguments), stdout=writer, stderr=writer, cwd=tmp_path)
+    finally:
+        os.close(writer)
+    assert process.wait(TIMEOUT_SECONDS) == code
