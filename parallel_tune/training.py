@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from parallel_tune.best import forget_best_if_damaged
+from parallel_tune.best import last_weights_stay
 from parallel_tune.checkpoint_writer import CheckpointWriter
 from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
@@ -255,7 +255,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         """The weights of the best evaluation; what was evaluated last is no longer the model."""
-        if forget_best_if_damaged(self.state, self.session):
+        if last_weights_stay(self.state, self._evaluated, self.session):
             return
         super()._load_best_model()
         self._evaluated = None

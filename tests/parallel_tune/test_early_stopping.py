@@ -115,6 +115,23 @@ def test_a_run_without_an_evaluation_is_refused(tune: Any) -> None:
     assert "eval_steps = 6, and the run has 5 steps" in ended.err
 
 
+def test_the_last_weights_are_kept_where_they_are_the_best_and_have_no_checkpoint(tune: Any, tmp_path: Path) -> None:
+    """Its disk had filled up: of the best evaluation before that there is one, of far fewer steps."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-4").write_text("in the way of the last one")
+    saving = ("--hardware=cpu:1", "--max_steps=4", "--eval_steps=2", "--load_best_model_at_end")
+    ended = tune(*saving, f"--output_dir={run}", shared_output=False)
+    losses, report = held_out(run), json.loads((run / "report.json").read_text())
+    assert losses[4] < losses[2]
+    assert report["missed_checkpoints"] == [4]
+    assert report["best_step"] == 4
+    assert report["held_out_loss_after"] == losses[4]
+    assert "the result has the weights of step 4, the best evaluation" in ended.out
+    saved = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert saved != (run / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("losses", "threshold", "count"),
     [
