@@ -115,8 +115,11 @@ def damaged_file(checkpoint: Path) -> str | None:
 
     One that cannot be read counts: on a broken disk, or of a name that is a flipped bit in the mark.
     """
-    mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-    for name, expected in mark.get("crc32", {}).items():
+    try:
+        checksums = json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("crc32", {}).items()
+    except (OSError, ValueError, AttributeError):
+        return MARK
+    for name, expected in checksums:
         try:
             found = checksum(checkpoint / name)
         except OSError:
