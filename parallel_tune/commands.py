@@ -12,6 +12,7 @@ import click
 import psutil
 
 from parallel_tune import checkpoint, export_after, planning, refusal, rundir
+from parallel_tune.alone import alone
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
@@ -108,7 +109,8 @@ def resume(path: Path, hub_token: str | None = None) -> None:
     """Go on with a run from its last complete checkpoint.
 
     Raises:
-        ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once.
+        ConfigError: the run is finished or still trained, or has no complete checkpoint, or several processes would
+            resume it at once.
     """
     launch = refusal.find_launch(os.environ)
     if launch is not None and launch.world_size > 1:
@@ -118,17 +120,29 @@ def resume(path: Path, hub_token: str | None = None) -> None:
         )
     run = rundir.RunDir(path.absolute())
     config, made = run.read()
-    if run.result(config).exists():
-        raise ConfigError(f"{path} is finished: {run.result(config)} is there", "Start a new run to train on.")
+    _refuse_finished(run, config)
+    with alone(run):
+        _refuse_finished(run, config)  # which a command that was still training may have done meanwhile
+        last = _last_checkpoint(run)
+    check_needs(config.replace(hub_token=hub_token), run.path)
+    click.echo(f"resuming from {last.name}")
+    start(made, run, last, hub_token)
+
+
+def _refuse_finished(run: rundir.RunDir, config: TrainConfig) -> None:
+    result = run.result(config)
+    if result.exists():
+        raise ConfigError(f"{run.path} is finished: {result} is there", "Start a new run to train on.")
+
+
+def _last_checkpoint(run: rundir.RunDir) -> Path:
     complete = checkpoint.complete_checkpoints(run.path)
     while complete and (damaged := checkpoint.damaged_file(complete[-1])):
         click.echo(f"{complete[-1].name} is passed over: {damaged} is not what was written", err=True)
         complete.pop()
     if not complete:
         raise ConfigError(
-            f"{path} has no complete checkpoint to go on from",
-            "Start again with --save_steps N to have checkpoints.",
+            f"{run.path} has no complete checkpoint to go on from",
+            "Start again with --save_steps N to have checkpoints, and with another --output_dir or that one removed.",
         )
-    check_needs(config.replace(hub_token=hub_token), run.path)
-    click.echo(f"resuming from {complete[-1].name}")
-    start(made, run, complete[-1], hub_token)
+    return complete[-1]

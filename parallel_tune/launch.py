@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,13 +17,14 @@ from typing import Any
 import click
 
 from parallel_tune.allocator import allocator_variables
+from parallel_tune.alone import alone
 from parallel_tune.disk import full_disk
 from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
 from parallel_tune.process import WATCHER, begin_watched, drop_what_nobody_reads
 from parallel_tune.rundir import Outcome, RunDir
 from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
-from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
+from strategies.errors import ParallelTuneError, RunFailed, Stopped
 
 RENDEZVOUS = "parallel_tune_loopback"
 POLL_SECONDS = 0.1
@@ -143,17 +143,10 @@ class Watcher:
         Raises:
             Stopped: a signal ended the run with a checkpoint on disk.
             RunFailed: a process failed or vanished; every other one is ended.
-            ConfigError: another command is training in this run directory.
+            ConfigError: another command is training in this run directory, or it cannot be written.
         """
-        with self._run.logs.joinpath("lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"another command is training in {self._run.path}", "Wait for its end, or stop it first."
-                ) from error
-            with folder_for_last_words() as self._last_words:
-                self._run_alone()
+        with alone(self._run), folder_for_last_words() as self._last_words:
+            self._run_alone()
 
     def _run_alone(self) -> None:
         for rank in range(self._processes):
