@@ -106,7 +106,7 @@ def _say(text: str) -> None:
 
 
 def resume(path: Path, hub_token: str | None = None) -> None:
-    """Go on with a run from its last complete checkpoint.
+    """Go on with a run from its last complete checkpoint, or make the export that a finished one lacks.
 
     Raises:
         ConfigError: the run is finished or still trained, or has no complete checkpoint, or several processes would
@@ -123,6 +123,11 @@ def resume(path: Path, hub_token: str | None = None) -> None:
     _refuse_finished(run, config)
     with alone(run):
         _refuse_finished(run, config)  # which a command that was still training may have done meanwhile
+        if run.result(config).exists():
+            check_needs(config.replace(hub_token=hub_token), run.path)
+            click.echo(f"training is done, {run.result(config).name}/ is there; making the export that was asked for")
+            export_after.export_result(run, hub_token, is_locked=True)
+            return
         last = _last_checkpoint(run)
     check_needs(config.replace(hub_token=hub_token), run.path)
     click.echo(f"resuming from {last.name}")
@@ -131,7 +136,7 @@ def resume(path: Path, hub_token: str | None = None) -> None:
 
 def _refuse_finished(run: rundir.RunDir, config: TrainConfig) -> None:
     result = run.result(config)
-    if result.exists():
+    if result.exists() and export_after.missing_export(config, run.path) is None:
         raise ConfigError(f"{run.path} is finished: {result} is there", "Start a new run to train on.")
 
 
