@@ -148,14 +148,20 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def rotate(run: Path, keep: int | None, best: Path | None = None) -> None:
+def rotate(run: Path, keep: int | None, best: Path | None = None, newest: Path | None = None) -> None:
     """Delete the oldest complete checkpoints so that `keep` are left; anything else is not touched.
 
     The newest and the best one stay, even where only one is to be kept.
+
+    Args:
+        newest: the one just written; those of later steps, from before a resume that passed them over as damaged,
+            neither count nor go. The last complete one, if left out.
     """
     if keep is None:
         return
     complete = complete_checkpoints(run)
+    if newest in complete:
+        complete = complete[: complete.index(newest) + 1]
     old = [path for path in complete[:-1] if best is None or path.resolve() != best.resolve()]
     for path in old[: max(0, len(complete) - keep)]:
         try:
