@@ -131,6 +131,7 @@ class Watcher:
         self._forwarded = False
         self._log_begins: dict[int, int] = {}
         self._last_words: Path | None = None
+        self._known_pids: dict[int, int] = {}
 
     @property
     def signalled(self) -> bool:
@@ -153,8 +154,25 @@ class Watcher:
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
             self._log_begins[rank] = log_size(self._run.log(rank))
+        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
+        handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()
+        # Before anything is started: an interruption amid that would leave it running.
+        previous = {number: signal.signal(number, self._note) for number in handled}
+        try:
+            process = self._start()
+            try:
+                vanished = self._wait(process)
+            finally:
+                self._kill_all(process)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._show()
+        self._judge(process.returncode, vanished)
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 self._spec.argv,
                 env={**self._spec.env, WATCHER: str(os.getpid()), LAST_WORDS: str(self._last_words or "")},
                 stdin=subprocess.DEVNULL,
@@ -164,17 +182,6 @@ class Watcher:
                 start_new_session=True,
                 preexec_fn=begin_watched,
             )
-        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
-        handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()
-        previous = {number: signal.signal(number, self._note) for number in handled}
-        try:
-            vanished = self._wait(process)
-        finally:
-            self._kill_all(process)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        self._show()
-        self._judge(process.returncode, vanished)
 
     def _note(self, number: int, _frame: Any) -> None:
         # A terminal that goes says so more than once; only a user's second word ends all at once.
@@ -228,13 +235,11 @@ class Watcher:
         return {rank: outcome for rank, outcome in said.items() if outcome is not None}
 
     def _pids(self) -> dict[int, int]:
-        pids = {}
         for rank in range(self._processes):
-            try:
-                pids[rank] = int(pid_file(self._run, rank).read_text())
-            except (OSError, ValueError):
-                continue
-        return pids
+            if rank not in self._known_pids:  # once read it is known, whatever becomes of the file
+                with contextlib.suppress(OSError, ValueError):
+                    self._known_pids[rank] = int(pid_file(self._run, rank).read_text())
+        return self._known_pids
 
     def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
         failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())
