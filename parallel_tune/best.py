@@ -28,8 +28,24 @@ class FindBest(TrainerCallback):  # type: ignore[misc]
                 forget_best(state)
 
 
-def forget_best_if_damaged(state: TrainerState, session: Session) -> bool:
-    """Whether the best checkpoint cannot be taken for what was written; it is forgotten then. Every rank calls it."""
+def last_weights_stay(state: TrainerState, evaluated: tuple[int, float] | None, session: Session) -> bool:
+    """Whether those in memory become the result, not the best checkpoint's. Every rank calls it.
+
+    They do where they are better, and their own checkpoint could not be written; and where the best one is damaged.
+
+    Args:
+        evaluated: the step of the last evaluation, and its loss.
+    """
+    if evaluated is not None and evaluated[0] == state.global_step:
+        better = session.is_main and state.best_metric is not None and evaluated[1] < state.best_metric
+        if session.any(better):
+            state.best_global_step, state.best_metric = state.global_step, evaluated[1]
+            return True
+    return _forget_best_if_damaged(state, session)
+
+
+def _forget_best_if_damaged(state: TrainerState, session: Session) -> bool:
+    """Whether the best checkpoint cannot be taken for what was written; it is forgotten then."""
     best = Path(state.best_model_checkpoint)
     damaged = session.any(session.is_main and (not is_complete(best) or damaged_file(best) is not None))
     if damaged:

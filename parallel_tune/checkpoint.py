@@ -115,8 +115,11 @@ def damaged_file(checkpoint: Path) -> str | None:
 
     One that cannot be read counts: on a broken disk, or of a name that is a flipped bit in the mark.
     """
-    mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
-    for name, expected in mark.get("crc32", {}).items():
+    try:
+        checksums = json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("crc32", {}).items()
+    except (OSError, ValueError, AttributeError):
+        return MARK
+    for name, expected in checksums:
         try:
             found = checksum(checkpoint / name)
         except OSError:
@@ -146,14 +149,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def rotate(run: Path, keep: int | None, best: Path | None = None) -> None:
+def rotate(run: Path, keep: int | None, best: Path | None = None, newest: Path | None = None) -> None:
     """Delete the oldest complete checkpoints so that `keep` are left; anything else is not touched.
 
     The newest and the best one stay, even where only one is to be kept.
+
+    Args:
+        newest: the one just written; those of later steps, from before a resume that passed them over as damaged,
+            neither count nor go. The last complete one, if left out.
     """
     if keep is None:
         return
     complete = complete_checkpoints(run)
+    if newest in complete:
+        complete = complete[: complete.index(newest) + 1]
     old = [path for path in complete[:-1] if best is None or path.resolve() != best.resolve()]
     for path in old[: max(0, len(complete) - keep)]:
         try:

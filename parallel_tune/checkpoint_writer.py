@@ -68,7 +68,7 @@ class CheckpointWriter:
                 state.best_metric, state.best_global_step, state.best_model_checkpoint = self._best_before
         if error is None and self._session.is_main:
             best = state.best_model_checkpoint
-            rotate(run, self._keep, Path(best) if best and best_stays else None)
+            rotate(run, self._keep, Path(best) if best and best_stays else None, newest=run / name)
         self._session.barrier()
 
     def _write(self, name: str, write_parts: Callable[[Path], None], folder: Path) -> RunFailed | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -332,8 +334,18 @@ def _print_left(more: str = "") -> OSError | None:
 
 def _say_unwritten(error: OSError) -> NoReturn:
     if not isinstance(error, BrokenPipeError):  # a reader that left knows
-        click.echo(f"parallel-tune: cannot write to standard output: {error.strerror}", err=True)
+        with _complaining():
+            click.echo(f"parallel-tune: cannot write to standard output: {error.strerror}", err=True)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def _complaining() -> Iterator[None]:
+    """Where stderr takes nothing any more, as of a terminal that is gone, the exit code says alone what is wrong."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def run(arguments: list[str] | None) -> None:
@@ -344,17 +356,20 @@ def run(arguments: list[str] | None) -> None:
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
-        error.show()
+        with _complaining():
+            error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("parallel-tune: stopped before anything was started.", err=True)
+        with _complaining():
+            click.echo("parallel-tune: stopped before anything was started.", err=True)
         sys.exit(130)
     except ParallelTuneError as error:
-        if debug:
-            import traceback
+        with _complaining():
+            if debug:
+                import traceback
 
-            click.echo(error.trace or traceback.format_exc(), err=True)
-        click.echo(f"parallel-tune: {error.message}", err=True)
-        if error.hint:
-            click.echo(error.hint, err=True)
+                click.echo(error.trace or traceback.format_exc(), err=True)
+            click.echo(f"parallel-tune: {error.message}", err=True)
+            if error.hint:
+                click.echo(error.hint, err=True)
         sys.exit(error.exit_code)

@@ -12,6 +12,7 @@ import click
 import psutil
 
 from parallel_tune import checkpoint, export_after, planning, refusal, replan, rundir
+from parallel_tune.alone import alone
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
@@ -107,15 +108,15 @@ def _say(text: str) -> None:
 def resume(
     path: Path, hub_token: str | None = None, changes: replan.Changes | None = None, began: float | None = None
 ) -> None:
-    """Go on with a run from its last complete checkpoint.
+    """Go on with a run from its last complete checkpoint, or make the export that a finished one lacks.
 
     Args:
         changes: plan the rest anew, with these; None keeps the plan.
         began: as `start` takes it.
 
     Raises:
-        ConfigError: the run is finished, or has no complete checkpoint, or several processes would resume it at once,
-            or its devices are gone.
+        ConfigError: the run is finished or still trained, or has no complete checkpoint, or several processes would
+            resume it at once, or its devices are gone.
         NoStrategyFits: the rest was to be planned anew, and nothing fits.
     """
     launch = refusal.find_launch(os.environ)
@@ -126,24 +127,42 @@ def resume(
         )
     run = rundir.RunDir(path.absolute())
     config, made = run.read()
-    if run.result(config).exists():
-        raise ConfigError(f"{path} is finished: {run.result(config)} is there", "Start a new run to train on.")
+    _refuse_finished(run, config)
+    with alone(run):
+        config, made = run.read()  # which another command may have planned anew meanwhile, or finished
+        _refuse_finished(run, config)
+        if run.result(config).exists():
+            check_needs(config.replace(hub_token=hub_token), run.path)
+            click.echo(f"training is done, {run.result(config).name}/ is there; making the export that was asked for")
+            export_after.export_result(run, hub_token, is_locked=True)
+            return
+        last = _last_checkpoint(run)
+        check_needs(config.replace(hub_token=hub_token), run.path)
+        if changes is None:
+            replan.check_still_here(made, path)
+        else:
+            config, made, lines = replan.replan(config, made, changes)
+            replan.keep(run, checkpoint.step_of(last), config, made)
+            for line in (*lines, render_plan(made)):
+                click.echo(line)
+    click.echo(f"resuming from {last.name}")
+    start(made, run, last, hub_token, began)
+
+
+def _refuse_finished(run: rundir.RunDir, config: TrainConfig) -> None:
+    result = run.result(config)
+    if result.exists() and export_after.missing_export(config, run.path) is None:
+        raise ConfigError(f"{run.path} is finished: {result} is there", "Start a new run to train on.")
+
+
+def _last_checkpoint(run: rundir.RunDir) -> Path:
     complete = checkpoint.complete_checkpoints(run.path)
     while complete and (damaged := checkpoint.damaged_file(complete[-1])):
         click.echo(f"{complete[-1].name} is passed over: {damaged} is not what was written", err=True)
         complete.pop()
     if not complete:
         raise ConfigError(
-            f"{path} has no complete checkpoint to go on from",
-            "Start again with --save_steps N to have checkpoints.",
+            f"{run.path} has no complete checkpoint to go on from",
+            "Start again with --save_steps N to have checkpoints, and with another --output_dir or that one removed.",
         )
-    check_needs(config.replace(hub_token=hub_token), run.path)
-    if changes is None:
-        replan.check_still_here(made, path)
-    else:
-        config, made, lines = replan.replan(config, made, changes)
-        replan.keep(run, checkpoint.step_of(complete[-1]), config, made)
-        for line in (*lines, render_plan(made)):
-            click.echo(line)
-    click.echo(f"resuming from {complete[-1].name}")
-    start(made, run, complete[-1], hub_token, began)
+    return complete[-1]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
+from parallel_tune.alone import alone
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import find_hardware
 from parallel_tune.engines import choose_engine
 from parallel_tune.export import Export, check_means, export_run
+from parallel_tune.launch import stop_signals
 from parallel_tune.rundir import RunDir
-from strategies.errors import ConfigError, ParallelTuneError, RunFailed
+from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
 
 def wanted_export(config: TrainConfig, run: Path) -> Export | None:
@@ -71,22 +78,59 @@ def _check_push(config: TrainConfig, hub_path: str) -> None:
         raise ConfigError(f"the push to {hub_path} needs the Hub, and HF_HUB_OFFLINE is set", "Unset it.")
 
 
-def export_result(run: RunDir, hub_token: str | None) -> None:
+def missing_export(config: TrainConfig, run: Path) -> Export | None:
+    """The export that the settings ask for, where it is not there yet: its command was killed while it was made."""
+    wanted = wanted_export(config, run)
+    if wanted is None:
+        return None
+    target = Path(wanted.save_path)
+    return None if target.is_file() or (target.is_dir() and any(target.iterdir())) else wanted
+
+
+def export_result(run: RunDir, hub_token: str | None, is_locked: bool = False) -> None:
     """Make the export of a finished run, if one was asked for.
+
+    Args:
+        is_locked: this process holds the run's lock.
 
     Raises:
         RunFailed: it could not be made; the trained weights are untouched.
+        Stopped: SIGTERM or SIGHUP ended it; `resume` makes it.
     """
     config, _ = run.read()
     wanted = wanted_export(config, run.path)
     if wanted is None:
         return
     try:
-        export_run(run.path, wanted, hub_token)
+        with contextlib.nullcontext() if is_locked else alone(run), _stopping_at_signals(run, config):
+            export_run(run.path, wanted, hub_token)
     except KeyboardInterrupt as error:
         raise _failed(run, config, wanted, RunFailed("interrupted")) from error
+    except Stopped:
+        raise
     except ParallelTuneError as error:
         raise _failed(run, config, wanted, error) from error
+
+
+@contextlib.contextmanager
+def _stopping_at_signals(run: RunDir, config: TrainConfig) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is half made in order, while the block runs."""
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        raise Stopped(
+            f"the export was stopped by {signal.Signals(number).name}; {run.result(config)} is complete",
+            f"`parallel-tune resume {shlex.quote(str(run.path))}` makes the export.",
+        )
+
+    # Python lets the main thread alone handle signals.
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in stop_signals() if number != signal.SIGINT] if is_main else []
+    previous = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _failed(run: RunDir, config: TrainConfig, wanted: Export, error: ParallelTuneError) -> RunFailed:

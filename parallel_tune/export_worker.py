@@ -21,7 +21,7 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.export import Export, unfinished
 from parallel_tune.llama_cpp import GGUF_TYPES
 from parallel_tune.model_card import public_name
-from parallel_tune.process import importing, leave
+from parallel_tune.process import die_with_parent, importing, leave
 from parallel_tune.rundir import RunDir
 from parallel_tune.unneeded import leave_out, unneeded_packages
 from strategies.errors import ParallelTuneError, RunFailed
@@ -61,11 +61,11 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
         case "merged_16bit":
             save_merged(run, config, folder)
         case "merged_4bit":
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # goes with what a killed export left
                 save_merged(run, config, Path(scratch))
                 save_in_4bit(Path(scratch), folder)
         case "gguf":
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # goes with what a killed export left
                 merged = Path(scratch).absolute() / "model"
                 save_merged(run, config, merged)
                 # Converters name the model by this card, else by the folder that they read it from.
@@ -195,7 +195,7 @@ def convert(merged: Path, file: Path, kind: str, converter: str) -> None:
 def _run_llama_cpp(command: list[str], file: Path) -> None:
     # The converter imports what lies beside it, which our own processes must not.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, preexec_fn=die_with_parent)
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode != 0 or not file.exists():
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]

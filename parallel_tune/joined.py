@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 from dataclasses import replace
@@ -11,6 +12,7 @@ import click
 
 from parallel_tune import export_after, planning, rundir
 from parallel_tune.allocator import allocator_variables
+from parallel_tune.alone import alone
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import decide, find_hardware
 from parallel_tune.device_use import CardUse, look_before
@@ -23,6 +25,9 @@ from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, RunFailed
+
+_HELD = contextlib.ExitStack()
+"""What rank 0 holds until its process is gone."""
 
 
 def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
@@ -54,6 +59,7 @@ def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
         check_needs(config)
         plan = plan_for(config, launch.world_size, launch.launcher)
         run = rundir.create(config, plan)
+        _HELD.enter_context(alone(run))
     except ParallelTuneError as error:
         click.echo(f"parallel-tune: {error}", err=True)
         return {"code": error.exit_code}
@@ -122,7 +128,7 @@ def _obey(run: rundir.RunDir, rank: int, hub_token: str | None, use: CardUse) ->
             try_to_write_page(run.path)
         if rank == 0 and outcome.code == 0:
             try:
-                export_after.export_result(run, hub_token)
+                export_after.export_result(run, hub_token, is_locked=True)
             except ParallelTuneError as error:
                 click.echo(f"parallel-tune: {error}", err=True)
                 leave(error.exit_code)

@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from parallel_tune.allocator import allocator_variables
+from parallel_tune.alone import alone
 from parallel_tune.disk import full_disk
 from parallel_tune.outcome import LAST_WORDS, folder_for_last_words, load, process_id_file
-from parallel_tune.process import WATCHER, begin_watched
-from parallel_tune.rundir import Outcome, RunDir, alone
+from parallel_tune.process import WATCHER, begin_watched, drop_what_nobody_reads
+from parallel_tune.rundir import Outcome, RunDir
 from parallel_tune.silent_end import log_size, why_silent
 from strategies.contracts import Device, DevicePlan, Plan
 from strategies.errors import ParallelTuneError, RunFailed, Stopped
@@ -130,6 +131,7 @@ class Watcher:
         self._forwarded = False
         self._log_begins: dict[int, int] = {}
         self._last_words: Path | None = None
+        self._known_pids: dict[int, int] = {}
 
     @property
     def signalled(self) -> bool:
@@ -142,7 +144,7 @@ class Watcher:
         Raises:
             Stopped: a signal ended the run with a checkpoint on disk.
             RunFailed: a process failed or vanished; every other one is ended.
-            ConfigError: another command is training in this run directory.
+            ConfigError: another command is training in this run directory, or it cannot be written.
         """
         with alone(self._run), folder_for_last_words() as self._last_words:
             self._run_alone()
@@ -152,8 +154,25 @@ class Watcher:
             self._run.outcome(rank).unlink(missing_ok=True)
             pid_file(self._run, rank).unlink(missing_ok=True)
             self._log_begins[rank] = log_size(self._run.log(rank))
+        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
+        handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()
+        # Before anything is started: an interruption amid that would leave it running.
+        previous = {number: signal.signal(number, self._note) for number in handled}
+        try:
+            process = self._start()
+            try:
+                vanished = self._wait(process)
+            finally:
+                self._kill_all(process)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._show()
+        self._judge(process.returncode, vanished)
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self._run.logs.joinpath("launcher.log").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 self._spec.argv,
                 env={**self._spec.env, WATCHER: str(os.getpid()), LAST_WORDS: str(self._last_words or "")},
                 stdin=subprocess.DEVNULL,
@@ -163,25 +182,17 @@ class Watcher:
                 start_new_session=True,
                 preexec_fn=begin_watched,
             )
-        # Python lets the main thread alone handle signals; a caller in another one has its own way to stop.
-        handled = stop_signals() if threading.current_thread() is threading.main_thread() else ()
-        previous = {number: signal.signal(number, self._note) for number in handled}
-        try:
-            vanished = self._wait(process)
-        finally:
-            self._kill_all(process)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        self._show()
-        self._judge(process.returncode, vanished)
 
     def _note(self, number: int, _frame: Any) -> None:
         # A terminal that goes says so more than once; only a user's second word ends all at once.
         if number != signal.SIGHUP or not self._signals:
             self._signals += 1
             self._signal = signal.Signals(number)
+        drop_what_nobody_reads()
 
     def _show(self) -> None:
+        if self._signals:
+            drop_what_nobody_reads()
         with contextlib.suppress(OSError):  # the terminal may be gone; the run goes on
             self._on_poll()
 
@@ -224,13 +235,11 @@ class Watcher:
         return {rank: outcome for rank, outcome in said.items() if outcome is not None}
 
     def _pids(self) -> dict[int, int]:
-        pids = {}
         for rank in range(self._processes):
-            try:
-                pids[rank] = int(pid_file(self._run, rank).read_text())
-            except (OSError, ValueError):
-                continue
-        return pids
+            if rank not in self._known_pids:  # once read it is known, whatever becomes of the file
+                with contextlib.suppress(OSError, ValueError):
+                    self._known_pids[rank] = int(pid_file(self._run, rank).read_text())
+        return self._known_pids
 
     def _is_decided(self, outcomes: Mapping[int, Outcome]) -> bool:
         failed = any(outcome.code not in (0, Stopped.exit_code) for outcome in outcomes.values())

@@ -9,6 +9,7 @@ import functools
 import gc
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,21 @@ def print_or_drop() -> None:
             encoding=stream.encoding, errors=stream.errors, line_buffering=True, write_through=True,
         )  # fmt: skip
         setattr(sys, name, own)
+
+
+def drop_what_nobody_reads() -> None:
+    """From now on nothing is printed on an output that is full and not read, a pager's that was left alone, say.
+
+    In a signal's handler it lets go a print that waits for the reader: the system tries it anew where nothing waits.
+    """
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            watched = select.poll()
+            watched.register(number, select.POLLOUT)
+            if not watched.poll(0):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
 
 def redirect_output(log: Path) -> None:

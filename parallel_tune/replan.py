@@ -12,7 +12,7 @@ from parallel_tune import planning, refusal
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.hardware import probe
-from parallel_tune.rundir import RunDir, alone, write_atomically
+from parallel_tune.rundir import RunDir, write_atomically
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 
@@ -79,16 +79,17 @@ def replan(config: TrainConfig, plan: Plan, changes: Changes) -> tuple[TrainConf
 def keep(run: RunDir, step: int, config: TrainConfig, plan: Plan) -> None:
     """Let a run obey another plan from now on; the one before is kept as plan-to-step-STEP.json.
 
+    Whoever calls it holds the run directory's lock.
+
     Raises:
-        ConfigError: another command is training in the run directory, or it cannot be written.
+        ConfigError: the run directory cannot be written.
     """
-    with alone(run):
-        try:
-            shutil.copyfile(run.plan, run.path / f"plan-to-step-{step}.json")
-            write_atomically(run.config, config.to_yaml())
-            write_atomically(run.plan, plan.to_json())
-        except OSError as error:
-            raise ConfigError(f"cannot write {error.filename}: {error.strerror}", "Make it writable.") from error
+    try:
+        shutil.copyfile(run.plan, run.path / f"plan-to-step-{step}.json")
+        write_atomically(run.config, config.to_yaml())
+        write_atomically(run.plan, plan.to_json())
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}", "Make it writable.") from error
 
 
 def check_still_here(plan: Plan, run: Path) -> None:

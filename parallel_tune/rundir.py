@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,23 +161,6 @@ def _claim(run: RunDir) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def alone(run: RunDir) -> Iterator[None]:
-    """Keep other commands from training in the run directory, or changing what it shall do, meanwhile.
-
-    Raises:
-        ConfigError: another command is training there.
-    """
-    with run.logs.joinpath("lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"another command is training in {run.path}", "Wait for its end, or stop it first."
-            ) from error
-        yield
 
 
 def _absolute(name: str) -> str:

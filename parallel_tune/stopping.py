@@ -40,7 +40,8 @@ def check_reached(config: TrainConfig, steps_per_epoch: int) -> None:
 class StopEarly(TrainerCallback):  # type: ignore[misc]
     """Asks for the end once `patience` evaluations in a row brought no progress.
 
-    It counts in the trainer's own history, which checkpoints hold, so a resumed run goes on counting.
+    It counts in the trainer's own history, which checkpoints hold, so a resumed run goes on counting, and one that had
+    stopped already, before its result was written, trains no further.
 
     Attributes:
         stopped_at_step: the step after which it did; None if it did not.
@@ -52,7 +53,13 @@ class StopEarly(TrainerCallback):  # type: ignore[misc]
         self._session = session
         self.stopped_at_step: int | None = None
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop_if_enough(state, control)
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop_if_enough(state, control)
+
+    def _stop_if_enough(self, state: TrainerState, control: TrainerControl) -> None:
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
         enough = evaluations_without_progress(losses, self._threshold) >= self._patience
         # Rank 0 decides, so that no rank goes on alone.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from parallel_tune.best import forget_best_if_damaged
+from parallel_tune.best import last_weights_stay
 from parallel_tune.checkpoint_writer import CheckpointWriter
 from parallel_tune.config import TrainConfig
 from parallel_tune.data import EncodedRows, collate
@@ -151,10 +151,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The micro-batches of one step, and the predicted tokens of the global batch.
 
         The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU. A run that was
-        resumed after its last step has none left, where transformers would train one more.
+        resumed after its last step, or had stopped early, has none left, where transformers would train one more.
         """
         ahead, self._ahead, self._epoch_iterator = self._ahead, None, epoch_iterator
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             return [], torch.zeros((), device=device)
         if ahead is not None and ahead[0] is epoch_iterator:
             micro_batches = ahead[1]
@@ -255,7 +255,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         """The weights of the best evaluation; what was evaluated last is no longer the model."""
-        if forget_best_if_damaged(self.state, self.session):
+        if last_weights_stay(self.state, self._evaluated, self.session):
             return
         super()._load_best_model()
         self._evaluated = None

@@ -69,6 +69,16 @@ def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path) -> None:
     assert damaged_file(folder) == "veights"
 
 
+def test_a_mark_that_lists_no_checksums_is_damaged(tmp_path: Path) -> None:
+    folder = make(tmp_path, 4)
+    sizes, _ = (folder / MARK).read_text().split('"crc32"')
+    (folder / MARK).write_text(sizes + '"crc32": [1]}')
+    assert is_complete(folder)
+    assert damaged_file(folder) == MARK
+    (folder / MARK).unlink()  # another command trains there, and has deleted it
+    assert damaged_file(folder) == MARK
+
+
 def test_order_is_by_number(tmp_path: Path) -> None:
     for step in (100, 20, 3):
         make(tmp_path, step)

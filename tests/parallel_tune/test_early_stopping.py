@@ -72,6 +72,25 @@ def test_a_resumed_run_goes_on_counting(tune: Any, compared: Callable[[str], Any
     assert resumed.report["held_out_loss_after"] == pytest.approx(alone.report["held_out_loss_after"], rel=1e-6)
 
 
+def test_a_run_that_had_stopped_early_is_not_trained_further(
+    tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path
+) -> None:
+    """It ended after the checkpoint of the evaluation that stopped it, and before its result was on disk."""
+    best = compared("stopped, one").report["best_step"]
+    run = Path(shutil.copytree(cut, tmp_path / "stopped"))
+    settings = (run / "config.yaml").read_text()
+    for name, before, after in (("max_steps", best + 2, -1), ("early_stopping_patience", 2, 1)):
+        assert f"{name}: {before}\n" in settings
+        settings = settings.replace(f"{name}: {before}\n", f"{name}: {after}\n")
+    (run / "config.yaml").write_text(settings)
+    resumed = tune("resume", str(run), base=False)
+    assert f"resuming from checkpoint-{best + 2}" in resumed.out
+    assert resumed.report["steps"] == resumed.report["stopped_early_at_step"] == best + 2
+    assert max(row["step"] for row in resumed.metrics) == best + 2
+    assert resumed.report["best_step"] == best
+    assert resumed.report["held_out_loss_after"] == pytest.approx(held_out(run)[best], rel=1e-5)
+
+
 def test_a_run_that_was_moved_keeps_its_best_weights_and_damaged_ones_are_not_taken(
     tune: Any, compared: Callable[[str], Any], cut: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +113,23 @@ def test_a_run_without_an_evaluation_is_refused(tune: Any) -> None:
     ended = tune.ended("--hardware=cpu:1", "--eval_steps=6", "--early_stopping_patience=2", "--max_steps=5")
     assert ended.code == 2
     assert "eval_steps = 6, and the run has 5 steps" in ended.err
+
+
+def test_the_last_weights_are_kept_where_they_are_the_best_and_have_no_checkpoint(tune: Any, tmp_path: Path) -> None:
+    """Its disk had filled up: of the best evaluation before that there is one, of far fewer steps."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-4").write_text("in the way of the last one")
+    saving = ("--hardware=cpu:1", "--max_steps=4", "--eval_steps=2", "--load_best_model_at_end")
+    ended = tune(*saving, f"--output_dir={run}", shared_output=False)
+    losses, report = held_out(run), json.loads((run / "report.json").read_text())
+    assert losses[4] < losses[2]
+    assert report["missed_checkpoints"] == [4]
+    assert report["best_step"] == 4
+    assert report["held_out_loss_after"] == losses[4]
+    assert "the result has the weights of step 4, the best evaluation" in ended.out
+    saved = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert saved != (run / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

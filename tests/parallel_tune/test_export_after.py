@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from started_commands import finding_processes
 
 from parallel_tune.config import make_config
 from parallel_tune.export_after import wanted_export
@@ -87,6 +90,47 @@ def test_a_failed_export_leaves_the_adapter(run_it: Any, tmp_path: Path) -> None
     assert (ended.run / "adapter" / "adapter_model.safetensors").exists()
     assert not (ended.run / "gguf").exists()
     assert not list(ended.run.glob(".*.part"))
+
+
+SLOW = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(pathlib.Path(__file__).parent / "begun").touch()
+while folder.exists():
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_export_that_was_stopped_is_made_by_resume(
+    number: signal.Signals, code: int, run_it: Any, tmp_path: Path
+) -> None:
+    env = converter(tmp_path / "cpp")
+    (tmp_path / "cpp" / "convert_hf_to_gguf.py").write_text(SLOW)
+    with finding_processes() as alive:
+        command = run_it.start("--save_gguf", "--hardware=cpu:1", env=env)
+        command.wait_for(tmp_path / "cpp" / "begun")
+        again = run_it.ended("resume", str(command.run), base=False, env=env)
+        assert (again.code, again.err.splitlines()[0]) == (
+            2, f"parallel-tune: another command is training in {command.run}"
+        )  # fmt: skip
+        command.send(number)
+        stopped = command.wait()
+        deadline = time.monotonic() + 60
+        while alive(command.run):
+            assert time.monotonic() < deadline, f"still alive: {alive(command.run)}"
+            time.sleep(0.05)
+    assert stopped.code == code
+    if number == signal.SIGTERM:
+        assert f"the export was stopped by SIGTERM; {command.run / 'adapter'} is complete" in stopped.err
+        assert f"`parallel-tune resume {command.run}` makes the export" in stopped.err
+    converter(tmp_path / "cpp")
+    resumed = run_it("resume", str(command.run), base=False, env=env)
+    assert "making the export that was asked for" in resumed.out
+    assert sorted(path.name for path in (command.run / "gguf").iterdir()) == ["README.md", "model-q8_0.gguf"]
+    # Nothing of the half made one is left: its scratch folder holds a whole model.
+    assert not [path.name for path in command.run.iterdir() if path.name.startswith((".", "tmp"))]
+    assert "is finished" in run_it.ended("resume", str(command.run), base=False, env=env).err
 
 
 @pytest.mark.parametrize(

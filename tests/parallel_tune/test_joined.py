@@ -40,6 +40,18 @@ def test_a_launchers_two_processes_train_as_our_own(launcher: str, tune: Any, dd
     assert run.out.count("result: ") == 1
 
 
+def test_a_run_under_a_launcher_is_not_resumed_while_it_is_trained(
+    tune: Any, noting: dict[str, str], tmp_path: Path
+) -> None:
+    command = tune.start("--strategy=noted_ddp", before=LAUNCHERS["torchrun"], env=noting | {"FAULT": "hold:0:1"})
+    command.wait_for(tmp_path / "held")
+    again = tune.ended("resume", str(command.run), base=False, env=noting)
+    (tmp_path / "go").touch()
+    assert command.wait().code == 0
+    assert again.code == 2
+    assert f"another command is training in {command.run}" in again.err
+
+
 def test_srun_s_two_tasks_train_as_our_own(tune: Any, ddp_run: Any, tmp_path: Path) -> None:
     """What srun does: it starts each task with variables of its own."""
     port = 20_000 + os.getpid() % 10_000

@@ -18,6 +18,7 @@ from transformers import TrainerState
 
 from parallel_tune import rescue
 from parallel_tune.callbacks import MetricsWriter
+from parallel_tune.checkpoint import mark_complete
 from parallel_tune.checkpoint_writer import CheckpointWriter
 from parallel_tune.rescue import NotWritten, write_somewhere
 from parallel_tune.rundir import RunDir, read_metrics
@@ -123,6 +124,23 @@ def test_an_evaluation_whose_checkpoint_is_missing_is_not_the_best(tmp_path: Pat
     writer.save(state, tmp_path, full, [], best_stays=True)
     assert writer.missed == [4]
     assert (state.best_metric, state.best_global_step, state.best_model_checkpoint) == (2.0, 2, "checkpoint-2")
+
+
+def test_one_just_written_does_not_go_before_a_damaged_one_of_a_later_step(tmp_path: Path) -> None:
+    """The run went on from its best checkpoint, since the last one was damaged, and was stopped before that step."""
+    run = tmp_path / "run"
+    for step in (2, 8):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        mark_complete(run / f"checkpoint-{step}")
+    writer = CheckpointWriter(Alone(), 1, lambda: True)  # type: ignore[arg-type]
+    state = TrainerState(global_step=5, best_global_step=2, best_model_checkpoint=str(run / "checkpoint-2"))
+
+    def write(folder: Path) -> None:
+        (folder / "checkpoint-5").mkdir()
+        (folder / "checkpoint-5" / "weights").write_bytes(b"trained")
+
+    writer.save(state, run, write, [], best_stays=True)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "checkpoint-5", "checkpoint-8"]
 
 
 def test_rows_that_a_full_disk_did_not_take_come_when_it_has_room(
