@@ -19,6 +19,7 @@ from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapts_experts, expert_parameters
+from parallel_tune.memory.positions import beyond_positions
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.targets import check_targets, unadapted
@@ -134,6 +135,7 @@ def _plan_on(
     if engine == "unsloth":
         check_bfloat16(dtype, [device for device in hardware.devices if device.index in plan.visible])
     known = rows is not None
+    beyond = beyond_positions(facts.positions, engine, config.max_seq_length, rows.longest if rows else None)
     plan = replace(
         plan,
         dtype=dtype,
@@ -141,7 +143,7 @@ def _plan_on(
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
-        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype)),
+        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype), *beyond),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
