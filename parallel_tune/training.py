@@ -151,10 +151,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The micro-batches of one step, and the predicted tokens of the global batch.
 
         The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU. A run that was
-        resumed after its last step has none left, where transformers would train one more.
+        resumed after its last step, or its stop, has none left, where transformers would train one more.
         """
         ahead, self._ahead, self._epoch_iterator = self._ahead, None, epoch_iterator
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             return [], torch.zeros((), device=device)
         if ahead is not None and ahead[0] is epoch_iterator:
             micro_batches = ahead[1]
