@@ -23,6 +23,7 @@ from parallel_tune.memory.positions import beyond_positions
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.targets import check_targets, unadapted
+from parallel_tune.unused import unused
 from strategies.base import Estimator
 from strategies.contracts import (
     Checkpointing,
@@ -140,7 +141,13 @@ def _plan_on(run: _Run) -> Plan:
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
-        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype), *beyond),
+        reasons=(
+            *plan.reasons,
+            *unadapted(config, facts),
+            *_unquantised(config, facts, dtype),
+            *beyond,
+            *unused(config, plan),
+        ),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
