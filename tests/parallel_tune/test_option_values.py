@@ -37,6 +37,15 @@ def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
         assert made.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("options", [{"fp16": True}, {"dtype": "float16", "full_finetuning": True}])
+def test_float16_is_refused_on_a_cpu_where_no_loss_is_scaled(options: dict[str, Any]) -> None:
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match="the loss is not scaled there") as caught:
+        parallel_tune.plan(model=model, hardware="cpu:2", **options)
+    assert "bfloat16" in caught.value.hint
+    assert parallel_tune.plan(model=model, hardware="cpu:2", bf16=True).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
 def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
     def peak(**options: Any) -> int:
