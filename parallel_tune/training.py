@@ -211,8 +211,6 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The losses of a step's micro-batches, after forward and backward of all."""
         if not model.training:
             model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
         micro_batches = []
         for inputs in waiting:
             labels = inputs["labels"].to(schedule.labels_device)

@@ -37,6 +37,14 @@ def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
         assert made.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd", "adafactor"])
+def test_optimizers_that_are_not_planned_for_are_refused(name: str) -> None:
+    """Schedule-free ones would have to be put into evaluation before each evaluation and checkpoint, which none is."""
+    with pytest.raises(ConfigError, match=f"optimizer '{name}' is not known") as caught:
+        parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="cpu:2", optim=name)
+    assert "adamw_torch_fused" in caught.value.hint
+
+
 @pytest.mark.parametrize("options", [{"fp16": True}, {"dtype": "float16", "full_finetuning": True}])
 def test_float16_is_refused_on_a_cpu_where_no_loss_is_scaled(options: dict[str, Any]) -> None:
     model = "unsloth/Llama-3.2-1B-Instruct"
