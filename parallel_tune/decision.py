@@ -23,6 +23,9 @@ from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry
 
+EAGER = "the formula for tokens/s counts sdpa's attention: eager attention makes the scores of all pairs, and is slower"
+"""Said where the attention that was named is not what was measured."""
+
 
 def find_hardware(config: TrainConfig) -> Hardware:
     """The declared devices, or those of this machine."""
@@ -72,7 +75,7 @@ def decide(
         plan,
         launch=worker_argv(plan, "RUN_DIRECTORY"),
         constants={name: asdict(constants) for name, constants in machine.measured.items()},
-        basis=(*machine.said, *learned, *plan.basis),
+        basis=(*machine.said, *learned, *plan.basis, *([EAGER] if config.attn_implementation == "eager" else [])),
     )
     lines = [line for line in (said, "" if hardware.declared else missing_packages(gpus, engine)) if line]
     lines += registry.warnings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel_tune.allocator import segments_grow
@@ -19,11 +19,12 @@ from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.parameters import adapts_experts, expert_parameters
+from parallel_tune.memory.positions import beyond_positions
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
 from parallel_tune.targets import check_targets, unadapted
+from parallel_tune.unused import unused
 from strategies.base import Estimator
-from strategies.candidate import LEFT_OUT
 from strategies.contracts import (
     Checkpointing,
     Hardware,
@@ -61,6 +62,19 @@ def cautious(estimating: Estimating, corrections: Corrections, estimate: str = "
     return lambda settings: CautiousEstimator(estimating(settings), settings, corrections, estimate)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a plan is made for and by; `make_plan` says what each is."""
+
+    config: TrainConfig
+    facts: ModelFacts
+    engine: EngineName
+    hardware: Hardware
+    registry: StrategyRegistry
+    estimating: Estimating
+    rows: KnownRows | None
+
+
 def make_plan(
     config: TrainConfig,
     facts: ModelFacts,
@@ -80,43 +94,28 @@ def make_plan(
     Raises:
         ConfigError: the settings contradict each other, the model or the hardware.
     """
-    estimating = estimating or closed_form(facts)
-    plan = _plan(config, facts, engine, hardware, registry, estimating, rows)
+    run = _Run(config, facts, engine, hardware, registry, estimating or closed_form(facts), rows)
+    plan = _plan(run)
     if plan.fits and config.capture == "on" and not plan.captured:
         raise cannot_capture(plan.uncaptured_reason)
-    if plan.fits:
-        return plan
-    return replace(plan, suggestions=_suggestions(config, facts, engine, hardware, registry, estimating, rows))
+    return plan if plan.fits else replace(plan, suggestions=_suggestions(run))
 
 
-def _plan(
-    config: TrainConfig,
-    facts: ModelFacts,
-    engine: EngineName,
-    hardware: Hardware,
-    registry: StrategyRegistry,
-    estimating: Estimating,
-    rows: KnownRows | None,
-) -> Plan:
+def _plan(run: _Run) -> Plan:
     """A plan, in which cards that it leaves out decide nothing: dtype, padding and capture follow from the oldest."""
-    plan = _plan_on(config, facts, engine, hardware, registry, estimating, rows)
-    used = tuple(device for device in hardware.devices if device.index in plan.visible)
-    if not plan.fits or all_have_bfloat16(used) == all_have_bfloat16(hardware.devices):
+    plan, devices = _plan_on(run), run.hardware.devices
+    used = tuple(device for device in devices if device.index in plan.visible)
+    if not plan.fits or all_have_bfloat16(used) == all_have_bfloat16(devices):
         return plan
-    again = _plan_on(config, facts, engine, replace(hardware, devices=used), registry, estimating, rows)
-    left_out = (reason for reason in plan.reasons if LEFT_OUT in reason)  # which only the first plan knows of
-    return replace(again, reasons=(*again.reasons, *left_out)) if again.fits else plan
+    again = _plan_on(replace(run, hardware=replace(run.hardware, devices=used)))
+    if not again.fits:
+        return plan
+    # Only the first plan knows of them.
+    return replace(again, reasons=(*again.reasons, *plan.left_out), left_out=(*again.left_out, *plan.left_out))
 
 
-def _plan_on(
-    config: TrainConfig,
-    facts: ModelFacts,
-    engine: EngineName,
-    hardware: Hardware,
-    registry: StrategyRegistry,
-    estimating: Estimating,
-    rows: KnownRows | None,
-) -> Plan:
+def _plan_on(run: _Run) -> Plan:
+    config, facts, engine, hardware, rows = run.config, run.facts, run.engine, run.hardware, run.rows
     strategy = config.strategy
     if (config.device_map is not None or config.stages is not None) and strategy == "auto":
         strategy = "model_parallel"
@@ -125,15 +124,16 @@ def _plan_on(
     uncaptured = why_not_captured(config, facts, engine, hardware, padding)
     work = replace(workload(config, facts, engine), capture=not uncaptured, force_capture=config.capture == "on")
     settings = training_settings(config, facts, engine, dtype, padding.free)
-    estimator = estimating(settings)
+    estimator = run.estimating(settings)
     if rows is not None:
         rows = rows.cut(config.max_seq_length)
         work = replace(work, sequence_length=round(rows.mean))
-        estimator = RowsEstimator(estimating, settings, config, rows)
-    plan = closest_plan(work, hardware, estimator, registry, strategy)
+        estimator = RowsEstimator(run.estimating, settings, config, rows)
+    plan = closest_plan(work, hardware, estimator, run.registry, strategy)
     if engine == "unsloth":
         check_bfloat16(dtype, [device for device in hardware.devices if device.index in plan.visible])
     known = rows is not None
+    beyond = beyond_positions(facts.positions, engine, config.max_seq_length, rows.longest if rows else None)
     plan = replace(
         plan,
         dtype=dtype,
@@ -141,7 +141,13 @@ def _plan_on(
         padding_free=padding.free,
         padded_reason=padding.reason,
         rows_known=known,
-        reasons=(*plan.reasons, *unadapted(config, facts), *_unquantised(config, facts, dtype)),
+        reasons=(
+            *plan.reasons,
+            *unadapted(config, facts),
+            *_unquantised(config, facts, dtype),
+            *beyond,
+            *unused(config, plan),
+        ),
     )
     if not plan.captured:
         plan = replace(plan, uncaptured_reason=_uncaptured(plan, uncaptured))
@@ -242,6 +248,7 @@ def training_settings(
         sequence_length=config.max_seq_length,
         packed=padding_free,
         attention_mask=False if unmasked else None,
+        eager_attention=config.attn_implementation == "eager",
         repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
         segments_grow=segments_grow(os.environ),
     )
@@ -277,21 +284,14 @@ def _is_fused(config: TrainConfig, engine: EngineName) -> bool:
     return config.cross_entropy == "fused" or (config.cross_entropy == "auto" and engine == "unsloth")
 
 
-def _suggestions(
-    config: TrainConfig,
-    facts: ModelFacts,
-    engine: EngineName,
-    hardware: Hardware,
-    registry: StrategyRegistry,
-    estimating: Estimating,
-    rows: KnownRows | None,
-) -> tuple[Suggestion, ...]:
+def _suggestions(run: _Run) -> tuple[Suggestion, ...]:
     """Single changes that make the run fit, the smallest of each kind, each planned to be sure."""
+    config, hardware = run.config, run.hardware
     found: list[Suggestion] = []
 
     def fits(change: str, changed: TrainConfig, devices: Hardware = hardware) -> bool:
         try:
-            plan = _plan(changed, facts, engine, devices, registry, estimating, rows)
+            plan = _plan(replace(run, config=changed, hardware=devices))
         except ConfigError:
             return False
         if plan.fits:
@@ -304,9 +304,9 @@ def _suggestions(
 
     if config.strategy != "auto":
         fits("--strategy auto", config.replace(strategy="auto"))
-    if not _is_fused(config, engine):
+    if not _is_fused(config, run.engine):
         fits("--cross_entropy fused", config.replace(cross_entropy="fused"))
-    if not in_4bit(config, facts) and not config.full_finetuning:
+    if not in_4bit(config, run.facts) and not config.full_finetuning:
         fits("--load_in_4bit", config.replace(load_in_4bit=True))
     if config.full_finetuning:
         fits("LoRA instead of --full_finetuning", config.replace(full_finetuning=False))

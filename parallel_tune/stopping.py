@@ -40,8 +40,8 @@ def check_reached(config: TrainConfig, steps_per_epoch: int) -> None:
 class StopEarly(TrainerCallback):  # type: ignore[misc]
     """Asks for the end once `patience` evaluations in a row brought no progress.
 
-    It counts in the trainer's own history, which checkpoints hold, so a resumed run goes on counting, and one that had
-    stopped already, before its result was written, trains no further.
+    It counts in the trainer's own history, which checkpoints hold, so a resumed run goes on counting; one that had
+    stopped, and was killed before its result was written, trains no further.
 
     Attributes:
         stopped_at_step: the step after which it did; None if it did not.
@@ -51,13 +51,20 @@ class StopEarly(TrainerCallback):  # type: ignore[misc]
         self._patience = patience
         self._threshold = threshold
         self._session = session
+        self._had_stopped = False
         self.stopped_at_step: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stop_if_enough(state, control)
+        self._had_stopped = self.stopped_at_step is not None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stop_if_enough(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An epoch in which nothing was trained has nothing to evaluate and to save."""
+        if self._had_stopped:
+            control.should_evaluate = control.should_save = False
 
     def _stop_if_enough(self, state: TrainerState, control: TrainerControl) -> None:
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]

@@ -151,10 +151,10 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The micro-batches of one step, and the predicted tokens of the global batch.
 
         The count follows from the step alone: no rank has to ask the others, nor to wait for its GPU. A run that was
-        resumed after its last step, or had stopped early, has none left, where transformers would train one more.
+        resumed after its last step, or its stop, has none left, where transformers would train one more.
         """
         ahead, self._ahead, self._epoch_iterator = self._ahead, None, epoch_iterator
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             return [], torch.zeros((), device=device)
         if ahead is not None and ahead[0] is epoch_iterator:
             micro_batches = ahead[1]
@@ -211,8 +211,6 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """The losses of a step's micro-batches, after forward and backward of all."""
         if not model.training:
             model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
         micro_batches = []
         for inputs in waiting:
             labels = inputs["labels"].to(schedule.labels_device)

@@ -162,6 +162,9 @@ def _check_data(config: TrainConfig) -> None:
             raise ConfigError(f"{name} is about raw text, and none is given", "Add --raw_text_file, or drop it.")
     if config.raw_text is None:
         return
+    for name, value in (("dataset_config", config.dataset_config), ("dataset_split", config.dataset_split)):
+        if value not in (None, "train"):
+            raise ConfigError(f"{name} = {value!r}: a raw text is one whole", f"Drop --{name}.")
     if config.answers_only:
         raise ConfigError("answers_only: a raw text has no answers", "Drop --answers_only.")
     if config.chunk_size is not None and config.chunk_size > config.max_seq_length:

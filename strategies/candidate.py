@@ -107,10 +107,6 @@ def choose(candidates: Sequence[Candidate], may_leave_out_slow: bool) -> Candida
     return best
 
 
-LEFT_OUT = " is left out: "
-"""What the sentence on a device that a plan does not use has after the device."""
-
-
 def left_out_reasons(chosen: Candidate, candidates: Sequence[Candidate], devices: Sequence[Device]) -> tuple[str, ...]:
     """A sentence for each device that the chosen plan does not use."""
     if not chosen.fits:
@@ -121,7 +117,7 @@ def left_out_reasons(chosen: Candidate, candidates: Sequence[Candidate], devices
         if device.index in used:
             continue
         with_it = [c for c in candidates if any(s.device.index == device.index for s in c.stages)]
-        what = f"device {device.index} ({device.name}, {gib(usable_bytes(device))} usable){LEFT_OUT}"
+        what = f"device {device.index} ({device.name}, {gib(usable_bytes(device))} usable) is left out: "
         if any(c.fits for c in with_it):
             speed = choose(with_it, may_leave_out_slow=False).tokens_per_second
             what += f"with it {speed:,.0f} tokens/s are predicted, without it {chosen.tokens_per_second:,.0f}"
@@ -158,8 +154,13 @@ def to_plan(
     chosen: Candidate,
     device_map: Mapping[str, int | str],
     reasons: Sequence[str],
+    left_out: Sequence[str],
 ) -> Plan:
-    """The plan that carries out a candidate."""
+    """The plan that carries out a candidate.
+
+    Args:
+        left_out: further reasons, on the devices that it does not use.
+    """
     arrangement = chosen.arrangement
     return Plan(
         strategy=strategy,
@@ -175,7 +176,8 @@ def to_plan(
         predicted_tokens_per_second=round(chosen.tokens_per_second, 1),
         lanes=arrangement.lanes,
         captured=arrangement.captured,
-        reasons=tuple(reasons),
+        reasons=(*reasons, *left_out),
+        left_out=tuple(left_out),
     )
 
 

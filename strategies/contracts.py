@@ -252,6 +252,7 @@ class Plan:
         compiled: what is recorded is of layers that torch.compile has compiled.
         rows_known: memory and speed are those of the run's own rows; else all rows count as full.
         padded_reason: why rows are padded though nobody asked for it; else empty.
+        left_out: those of the reasons that are about devices which the run does not use.
         launch: the command that starts the training processes.
         estimate: what counted the memory, "closed_form" or "trace".
         constants: what was measured on this machine, by the devices' names; others have the built-in constants.
@@ -279,6 +280,7 @@ class Plan:
     compiled: bool = False
     rows_known: bool = False
     reasons: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     suggestions: tuple[Suggestion, ...] = ()
     launch: tuple[str, ...] = ()
@@ -319,6 +321,7 @@ class Plan:
             return cls(
                 devices=devices,
                 reasons=tuple(raw.pop("reasons")),
+                left_out=tuple(raw.pop("left_out", ())),
                 rejected=tuple(Rejection(**r) for r in raw.pop("rejected")),
                 suggestions=tuple(Suggestion(**s) for s in raw.pop("suggestions")),
                 launch=tuple(raw.pop("launch")),

@@ -64,9 +64,9 @@ class DDP:
             _reason(chosen),
             *_idle_reasons(chosen),
             *held_back_reasons(chosen, candidates),
-            *left_out_reasons(chosen, candidates, hardware.devices),
         )
-        return to_plan(self.name, workload, chosen, {"": "local_rank"}, reasons)
+        left_out = left_out_reasons(chosen, candidates, hardware.devices)
+        return to_plan(self.name, workload, chosen, {"": "local_rank"}, reasons, left_out)
 
     def open(self, plan: Plan, timeout_seconds: int) -> Session:
         """Open the session of this rank."""

@@ -21,10 +21,15 @@ def lane_reasons(chosen: Candidate, candidates: Sequence[Candidate], workload: W
         )
     if chosen.arrangement.lanes == 1:
         return (f"no lanes, one micro-batch at a time: {_why_none(chosen, candidates, workload)}", _busy(chosen))
+    lanes = chosen.arrangement.lanes
+    fewer = lanes < (workload.lanes or lanes)
     if chosen.stages[0].device.kind == "cpu" or len({stage.device.index for stage in chosen.stages}) == 1:
-        said = [f"{chosen.arrangement.lanes} lanes, as was asked for; the stages share one device: little is gained"]
+        asked = "" if fewer else ", as was asked for"
+        said = [f"{lanes} lanes{asked}; the stages share one device: little is gained"]
     else:
         said = _gain(chosen)
+    if fewer:
+        said.append(f"{lanes} lanes in place of {workload.lanes}: a step has no more micro-batches")
     if workload.gradient_checkpointing == "unsloth":
         said.append(
             "checkpointing full in place of unsloth: offloading keeps buffers that are the whole process's, so lanes "

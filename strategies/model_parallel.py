@@ -71,9 +71,9 @@ class ModelParallel:
         reasons = (
             _reason(chosen),
             *lane_reasons(chosen, candidates, workload),
-            *left_out_reasons(chosen, candidates, hardware.devices),
         )
-        return to_plan(self.name, workload, chosen, device_map(workload, chosen.stages), reasons)
+        left_out = left_out_reasons(chosen, candidates, hardware.devices)
+        return to_plan(self.name, workload, chosen, device_map(workload, chosen.stages), reasons, left_out)
 
     def open(self, plan: Plan, timeout_seconds: int) -> Session:
         """Open the session of the one process."""

@@ -63,6 +63,40 @@ def test_whole_models_agree_with_their_traces(row: tuple[str, dict[str, Any], Ch
     assert abs(error) < 0.01
 
 
+EAGER = {"method": "lora", "eager_attention": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "checkpointing", "micro_batch"),
+    [
+        ("meta-llama/Llama-3.2-1B", EAGER, "none", 1),
+        ("meta-llama/Llama-3.2-1B", {**EAGER, "sequence_length": 4096}, "none", 2),
+        ("meta-llama/Llama-3.2-1B", {**EAGER, "compute_dtype": "float32"}, "none", 2),
+        ("meta-llama/Llama-3.1-8B", {**EAGER, "method": "full"}, "full", 1),
+        ("Qwen/Qwen3-8B", {**EAGER, "load_in_4bit": True}, "full", 2),
+        ("google/gemma-2-2b", EAGER, "none", 1),
+        ("google/gemma-3-1b-pt", EAGER, "none", 2),
+        ("microsoft/Phi-3-mini-4k-instruct", EAGER, "none", 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_eager_attention_keeps_the_scores_of_all_pairs(
+    name: str, options: dict[str, Any], checkpointing: Checkpointing, micro_batch: int
+) -> None:
+    facts = load_model_facts(name)
+    arrangement = Arrangement(1, micro_batch, 1, checkpointing)
+    assert abs(compare(facts, options, whole(facts), arrangement)) < 0.01
+    kernels = {**options, "eager_attention": False}
+    eager, flash = (
+        max(
+            phase.allocated_bytes
+            for phase in ClosedFormEstimator(facts, TrainingSettings(**each)).phases(whole(facts), arrangement)
+        )
+        for each in (options, kernels)
+    )
+    assert eager > flash
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -215,7 +215,7 @@ def bench(config: TrainConfig, request: Request) -> None:
     # What is wrong with the model or the data is wrong for all arms, and is better said once.
     load_model_facts(config.model)
     if config.raw_text is None:
-        local_files(config.dataset, config.dataset_split)
+        local_files(config.dataset, config.dataset_split, config.dataset_config)
     folder = _make_folder(config)
     if config.gradient_accumulation_steps is not None:
         click.echo("accumulation steps follow from the global batch and the processes of each strategy")

@@ -89,9 +89,11 @@ def notes(results: dict[str, Any]) -> list[str]:
         said.append(f"not finished: {results['turns']} of {results['repeat']} repetitions")
     if results["on_cpu"]:
         said.append("on a CPU a device's memory is its process's, interpreter and libraries included")
+    runs = max((len(arm["runs"]) for arm in results["arms"]), default=0)
+    how = f"medians of {runs} runs in turn, least and most beside them" if runs > 1 else "one run each"
     said.append(
         f"{results['global_batch']} samples a step; {results['steps']} steps a run, of which the first "
-        f"{results['skipped']} do not count; medians of {results['repeat']} runs in turn, least and most beside them"
+        f"{results['skipped']} do not count; {how}"
     )
     return said
 

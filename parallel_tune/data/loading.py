@@ -37,7 +37,7 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
         subset: a Hub dataset's configuration, where it has several.
     """
     rows: Sequence[Row]
-    files = local_files(dataset, split)
+    files = local_files(dataset, split, subset)
     if files is not None:
         match = _parse_split(split)
         rows = [row for file in files for row in _read(file)]
@@ -49,17 +49,22 @@ def load_rows(dataset: str, split: str | None = None, subset: str | None = None)
     return rows
 
 
-def local_files(dataset: str, split: str | None = None) -> list[Path] | None:
+def local_files(dataset: str, split: str | None = None, subset: str | None = None) -> list[Path] | None:
     """The files that a dataset's split consists of, in order; None if the dataset is on the Hub.
 
     Raises:
-        ConfigError: it looks like a path and is not there, or has no files for the split.
+        ConfigError: it looks like a path and is not there, has no files for the split, or is to have configurations.
     """
     if dataset == "-":
         raise ConfigError("dataset '-' is standard input, and each process reads the data", "write the rows to a file")
     if not dataset.strip():  # Path("") is the working directory, whose files nobody meant
         raise ConfigError(f"dataset {dataset!r} names nothing", "give a file, a folder or a Hub id")
     path = Path(dataset).expanduser()
+    if path.exists() and subset is not None:
+        raise ConfigError(
+            f"dataset_config = {subset!r} is about a dataset on the Hub, and {dataset!r} is here",
+            "drop --dataset_config, and name the file or folder that holds those rows",
+        )
     if path.exists():
         return _files(path, _parse_split(split)["name"])
     if _looks_local(dataset):

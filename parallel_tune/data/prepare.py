@@ -64,8 +64,9 @@ def encoded_rows(config: TrainConfig, tokenizer: Any) -> kept.Encoded:
     """
     if not config.data_cache or kept.switched_off():
         return _encode(config, tokenizer, None)
-    on_hub = config.raw_text is None and local_files(config.dataset, config.dataset_split) is None
-    rows = load_rows(config.dataset, config.dataset_split, config.dataset_config) if on_hub else None
+    named = (config.dataset, config.dataset_split, config.dataset_config)
+    on_hub = config.raw_text is None and local_files(*named) is None
+    rows = load_rows(*named) if on_hub else None
     try:
         data = data_identity(config, rows)
         key = key_of(config, data, tokenizer) if data is not None else None

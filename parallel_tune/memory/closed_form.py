@@ -292,14 +292,15 @@ class _Moments:
         return indices + rotary + incoming + offload + (self._mask_bytes() if self.checkpointed else 0)
 
     def _mask_bytes(self) -> int:
-        """One boolean square of each row's tokens, where any layer is masked."""
+        """A square of each row's tokens, where any layer is masked: of booleans, or for eager attention of numbers."""
         length = self.settings.sequence_length
         windowed = any(layer in self.facts.windowed_layers for layer in self.layers) and (
             length >= self.facts.sliding_window
         )
         micro_batch = self.arrangement.micro_batch
         masked = (windowed and not self.settings.packed) or self.settings.masked(micro_batch)
-        return micro_batch * length * self.settings.mask_width(micro_batch) if masked else 0
+        element = self.settings.compute_bytes if self.settings.eager_attention else 1
+        return element * micro_batch * length * self.settings.mask_width(micro_batch) if masked else 0
 
 
 @lru_cache(maxsize=64)

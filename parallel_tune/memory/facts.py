@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel_tune.memory.positions import Positions, positions_of
 from strategies.contracts import ModuleNames
 from strategies.errors import ConfigError
 
@@ -57,6 +58,7 @@ class ModelFacts:
         dtype: the dtype that the weights are published in.
         quantized_4bit: the repository holds bitsandbytes 4-bit weights.
         other_quantization: what else the repository's weights are quantised by, e.g. "gptq".
+        positions: how long its rows may be.
         foreign_mixer: what brings tokens together beside full and windowed attention, e.g. "linear_attention" layers.
     """
 
@@ -89,6 +91,7 @@ class ModelFacts:
     quantized_4bit: bool = False
     other_quantization: str = ""
     foreign_mixer: str = ""
+    positions: Positions = field(default_factory=Positions)
     modules: ModuleNames = field(default_factory=ModuleNames)
 
     @property
@@ -174,6 +177,7 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         quantized_4bit=_is_quantized_4bit(config),
         other_quantization=_other_quantization(config),
         foreign_mixer=_foreign_mixer(text),
+        positions=positions_of(text),
         modules=_module_names(isinstance(nested, Mapping)),
     )
 

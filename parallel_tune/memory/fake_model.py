@@ -162,9 +162,11 @@ def build_model(
     config = AutoConfig.for_model(**values)
     config.use_cache = False
     dtype = getattr(torch, settings.weights_dtype or settings.compute_dtype)
+    # Flash attention's own kernels take no fake tensors, and keep what sdpa's do.
+    attention = "eager" if settings.eager_attention else "sdpa"
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         _quieten_router(model)
         names = anatomy(model, facts.num_layers)
         if not part.embedding:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from parallel_tune.memory import operations as ops
 from parallel_tune.memory.compiled_tape import compiled_layer
+from parallel_tune.memory.eager_attention import eager_scores
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.feed_forward import dense_feed_forward, mixture
 from parallel_tune.memory.operations import Scene
@@ -162,6 +163,9 @@ def _scores(
         tape.drop(key, value)
         key, value = repeated
         key_bytes = query_bytes
+    if settings.eager_attention:
+        tape.release(bias)
+        return eager_scores(tape, scene, facts, micro_batch, (query, key, value))
     if masked:
         tape.release(bias)
         bias = tape.hold(scene.tokens * settings.mask_width(micro_batch) * scene.element_bytes)

@@ -32,6 +32,7 @@ class TrainingSettings:
         attention_mask: whether attention gets an explicit mask, a square of the tokens; None for what the batches need:
             rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
         lora_dtype: dtype of the adapters.
+        eager_attention: attention is computed step by step, with the scores of all pairs of tokens (and always a mask).
         repeats_heads: attention without a mask keeps grouped keys and values once for each head.
         spare_tokens: by which Unsloth's attention fills up the rows of a micro-batch; None for rows of full length.
         segments_grow: torch's allocator is set up so (allocator.py), and holds little beyond live tensors.
@@ -52,6 +53,7 @@ class TrainingSettings:
     sequence_length: int = 2048
     packed: bool = False
     attention_mask: bool | None = None
+    eager_attention: bool = False
     lora_dtype: str = "float32"
     repeats_heads: bool = False
     spare_tokens: int | None = None
@@ -88,6 +90,8 @@ class TrainingSettings:
 
     def masked(self, micro_batch: int) -> bool:
         """Whether attention over a micro-batch of this many rows gets an explicit mask."""
+        if self.eager_attention:
+            return True
         if self.attention_mask is not None:
             return self.attention_mask
         return self.engine == "transformers" and (self.packed or micro_batch > 1)

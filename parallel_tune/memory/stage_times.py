@@ -75,7 +75,10 @@ def kind_of(facts: ModelFacts, settings: TrainingSettings) -> str:
         targets = "+".join(sorted(settings.lora_targets))
         extras = f"{' dora' if settings.use_dora else ''}{' dropout' if settings.lora_dropout else ''}"
         method = f"{'4-bit ' if settings.load_in_4bit else ''}lora r{settings.lora_rank} {targets}{extras}"
-    return "; ".join([_version_of(settings.engine), shape, settings.compute_dtype, method, settings.cross_entropy])
+    eager = ["eager attention"] if settings.eager_attention else []
+    return "; ".join(
+        [_version_of(settings.engine), shape, settings.compute_dtype, method, settings.cross_entropy, *eager]
+    )
 
 
 @functools.lru_cache(maxsize=4)

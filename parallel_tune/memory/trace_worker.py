@@ -60,6 +60,11 @@ class Worker:
         try:
             return {"phases": tracer.phases(part, arrangement), "kept": tracer.kept(part, arrangement)}
         except ValueError as error:
+            if "scaled_dot_product_attention" in str(error):
+                raise ConfigError(
+                    f"a {self.facts.model_type} model cannot compute its attention by sdpa, as transformers has it",
+                    "Add --attn_implementation eager, and --engine transformers.",
+                ) from error
             if "arget modules" not in str(error):
                 raise
             raise ConfigError(

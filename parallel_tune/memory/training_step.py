@@ -138,7 +138,8 @@ class TrainingStep:
         if self.settings.masked(shape[0]):
             # The finished mask: how it is made depends on values, which fake tensors have none of.
             square = (shape[0], 1, shape[1], shape[1])
-            inputs["attention_mask"] = torch.ones(square, dtype=torch.bool, device=self.device)
+            kind = getattr(torch, self.settings.compute_dtype) if self.settings.eager_attention else torch.bool
+            inputs["attention_mask"] = torch.ones(square, dtype=kind, device=self.device)
         return inputs
 
     def _mark_phases(self) -> None:

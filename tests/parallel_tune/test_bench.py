@@ -146,6 +146,11 @@ def test_memory_and_start_are_told(results: dict[str, Any]) -> None:
         assert arm["first_step_seconds"]["first_run"] > arm["plan_seconds"] > 0
 
 
+def test_the_number_of_runs_is_told(done: Any, twice: Any) -> None:
+    assert "the first 2 do not count; one run each" in " ".join(done.out.split())
+    assert "; medians of 2 runs in turn, least and most beside them" in " ".join(twice.out.split())
+
+
 def test_no_weights_are_left_and_pictures_are(done: Any) -> None:
     assert not [*done.run.rglob("*.safetensors"), *done.run.rglob("adapter*"), *done.run.rglob("checkpoint-*")]
     assert (done.run / "bench.png").read_bytes().startswith(b"\x89PNG")

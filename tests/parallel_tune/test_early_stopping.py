@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,32 @@ def test_the_best_of_all_weights_are_kept_too(compared: Callable[[str], Any]) ->
     assert run.report["held_out_loss_after"] == pytest.approx(held_out(run.run)[best], rel=1e-5)
     saved = (run.run / "model" / "model.safetensors").read_bytes()
     assert saved == (run.run / f"checkpoint-{best}" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("layout", "every"),
+    [
+        (("--strategy=ddp", "--hardware=cpu:2"), ("--eval_steps=2", "--save_steps=2")),
+        (("--hardware=cpu:1",), ("--eval_strategy=epoch", "--save_strategy=epoch")),
+        (("--strategy=model_parallel", "--hardware=cpu:2", "--pipeline=on"), ("--eval_steps=2", "--save_steps=1")),
+    ],
+)
+def test_a_run_that_was_killed_after_it_had_stopped_trains_no_further(
+    layout: tuple[str, ...], every: tuple[str, ...], tune: Any
+) -> None:
+    """Its last checkpoint is that of the evaluation that stopped it, and its result was not written."""
+    longer = replace(tune, base=tuple(option for option in tune.base if "num_train_epochs" not in option))
+    run = longer(
+        *layout, *every, "--val_size=6", "--global_batch_size=12", "--early_stopping_patience=1",
+        "--early_stopping_threshold=100", "--num_train_epochs=8",
+    )  # fmt: skip
+    stopped, losses = run.report["stopped_early_at_step"], held_out(run.run)
+    result = (run.run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.run / "adapter")
+    (run.run / "report.json").unlink()
+    resumed = tune("resume", str(run.run), base=False)
+    assert f"resuming from checkpoint-{stopped}" in resumed.out
+    assert f"stopped early after step {stopped}" in resumed.out
+    assert (resumed.report["steps"], resumed.report["stopped_early_at_step"]) == (stopped, stopped)
+    assert (run.run / "adapter" / "adapter_model.safetensors").read_bytes() == result
+    assert held_out(run.run) == losses

@@ -37,6 +37,23 @@ def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
         assert made.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd", "adafactor"])
+def test_optimizers_that_are_not_planned_for_are_refused(name: str) -> None:
+    """Schedule-free ones would have to be put into evaluation before each evaluation and checkpoint, which none is."""
+    with pytest.raises(ConfigError, match=f"optimizer '{name}' is not known") as caught:
+        parallel_tune.plan(model="unsloth/Llama-3.2-1B-Instruct", hardware="cpu:2", optim=name)
+    assert "adamw_torch_fused" in caught.value.hint
+
+
+@pytest.mark.parametrize("options", [{"fp16": True}, {"dtype": "float16", "full_finetuning": True}])
+def test_float16_is_refused_on_a_cpu_where_no_loss_is_scaled(options: dict[str, Any]) -> None:
+    model = "unsloth/Llama-3.2-1B-Instruct"
+    with pytest.raises(ConfigError, match="the loss is not scaled there") as caught:
+        parallel_tune.plan(model=model, hardware="cpu:2", **options)
+    assert "bfloat16" in caught.value.hint
+    assert parallel_tune.plan(model=model, hardware="cpu:2", bf16=True).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
 def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
     def peak(**options: Any) -> int:
@@ -122,6 +139,8 @@ def test_an_evaluation_pass_has_no_more_tokens_than_training() -> None:
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "not known"),
         ({"raw_text_file": "a.txt", "dataset": "b.jsonl"}, "both to be learned"),
+        ({"raw_text_file": "a.txt", "dataset_config": "fine"}, "dataset_config = 'fine'"),
+        ({"dataset": "a.txt", "dataset_split": "train[:10%]"}, "one whole"),
         ({"raw_text_file": "a.txt", "answers_only": True}, "no answers"),
         ({"raw_text_file": "a.txt", "chunk_size": 4096}, "max_seq_length"),
         ({"dataset": "a.md", "chunk_size": 32, "stride": 31}, "nothing new"),
@@ -232,6 +251,18 @@ def test_the_named_split_and_configuration_are_read(tmp_path: Path, monkeypatch:
     )
     assert load_named_rows(hub) == rows[:1]
     assert asked == [(("me/data", "fine"), {"split": "dev"})]
+
+
+def test_a_configuration_of_files_that_are_here_is_refused(tmp_path: Path) -> None:
+    """It was dropped without a word, whether rows were read or taken from the cache."""
+    from parallel_tune.data.prepare import encoded_rows, load_named_rows
+
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    for dataset in (tmp_path, tmp_path / "train.jsonl"):
+        config = make_config({"dataset": str(dataset), "dataset_config": "fine"})
+        for read in (load_named_rows, lambda config: encoded_rows(config, None)):
+            with pytest.raises(ConfigError, match="dataset_config = 'fine' is about a dataset on the Hub"):
+                read(config)
 
 
 def test_a_rank_that_waits_gives_up_after_ddp_timeout(environment: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +107,14 @@ def test_an_old_card_that_is_left_out_decides_nothing(options: dict[str, Any]) -
     assert (mixed.dtype, mixed.padding_free, mixed.captured) == ("bfloat16", True, alone.captured)
     assert any("device 2 (RTX2080Ti-11GB" in reason and "left out" in reason for reason in mixed.reasons)
     assert mixed.rejected == alone.rejected
+    assert mixed.left_out[-1].startswith("device 2") and set(mixed.left_out) <= set(mixed.reasons)
+
+
+def test_plans_of_earlier_runs_which_do_not_tell_their_reasons_apart_are_read() -> None:
+    plan = plan_of("2xRTX3090-24GB+1xRTX3070-8GB", "meta-llama/Llama-3.1-8B")
+    assert plan.left_out == (plan.reasons[-1],) and Plan.from_json(plan.to_json()) == plan
+    earlier = {name: value for name, value in plan.to_dict().items() if name != "left_out"}
+    assert Plan.from_json(json.dumps(earlier)) == dataclasses.replace(plan, left_out=())
 
 
 def test_an_old_card_that_is_used_decides_for_all() -> None:

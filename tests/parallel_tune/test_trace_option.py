@@ -118,6 +118,38 @@ def test_what_the_process_cannot_trace_reaches_the_command() -> None:
     assert "full and sliding attention" in caught.value.hint
 
 
+def test_a_model_without_sdpa_is_traced_with_the_attention_that_it_has(tmp_path: Path) -> None:
+    """Attention that computes the scores of all pairs, whose bytes grow with the square of the length."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    asked = (
+        f"--model={folder(tmp_path, 'gpt_oss', **experts)}", "--hardware=1xA100-40GB", "--trace",
+        "--engine=transformers", "--target_modules=q_proj,v_proj", *ONE_CHOICE[:-1],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="a gpt_oss model cannot compute its attention by sdpa") as caught:
+        plan(*asked, "--max_seq_length=256")
+    assert "--attn_implementation eager" in caught.value.hint
+    shorter, longer = (
+        plan(*asked, "--attn_implementation=eager", f"--max_seq_length={length}")["devices"][0][
+            "traced_allocated_bytes"
+        ]
+        for length in (1024, 2048)
+    )
+    assert longer > 2.5 * shorter > 2.5 * 4 * 8 * 1024**2
+
+
+def test_a_plan_counts_the_scores_of_eager_attention() -> None:
+    length = 4096
+    asked = (
+        "--model=meta-llama/Llama-3.2-1B", "--hardware=1xH100-80GB", "--engine=transformers", *ONE_CHOICE[:-1],
+        f"--max_seq_length={length}",
+    )  # fmt: skip
+    kernels, eager = (plan(*asked, f"--attn_implementation={name}") for name in ("sdpa", "eager"))
+    more = eager["devices"][0]["predicted_allocated_bytes"] - kernels["devices"][0]["predicted_allocated_bytes"]
+    scores = 16 * 32 * length**2 * (4 + 2)
+    assert 0.9 * scores < more < 1.1 * scores
+    assert [any("eager attention" in said for said in made["basis"]) for made in (kernels, eager)] == [False, True]
+
+
 def test_adapters_that_find_no_linear_are_said_with_a_way_out() -> None:
     config = {"model_type": "gpt_neox", **SHAPE}
     with TraceProcess(facts_from_config(config), config) as process:
