@@ -36,6 +36,7 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 256, "sequence_length": 512}, "none", 1),
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 64, "sequence_length": 512}, "full", 2),
     ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_targets": ("down_proj",), "sequence_length": 512}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "sequence_length": 2048}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "compute_dtype": "float32"}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "method": "full"}, "none", 2),
