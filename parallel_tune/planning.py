@@ -237,6 +237,7 @@ def training_settings(
         sequence_length=config.max_seq_length,
         packed=padding_free,
         attention_mask=False if unmasked else None,
+        eager_attention=config.attn_implementation == "eager",
         repeats_heads=unmasked and engine == "transformers" and varlen_repeats_heads(),
         segments_grow=segments_grow(os.environ),
     )

@@ -95,6 +95,7 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
         "eos_token_id": 1,
     }
     if f.model_type == "gemma2":
+        values["attn_logit_softcapping"] = 50.0 if f.attention_softcap else None
         values["final_logit_softcapping"] = 30.0 if f.final_softcap else None
     if f.num_experts:
         values |= {
@@ -162,9 +163,10 @@ def build_model(
     config = AutoConfig.for_model(**values)
     config.use_cache = False
     dtype = getattr(torch, settings.weights_dtype or settings.compute_dtype)
+    attention = "eager" if settings.eager_attention else "sdpa"
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         _quieten_router(model)
         names = anatomy(model, facts.num_layers)
         if not part.embedding:

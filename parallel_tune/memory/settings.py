@@ -31,6 +31,7 @@ class TrainingSettings:
         packed: rows are joined without padding into one.
         attention_mask: whether attention gets an explicit mask, a square of the tokens; None for what the batches need:
             rows that are joined, or padded to the longest of several, do, unless the engine has kernels that do not.
+        eager_attention: attention scores are made as a matrix of each head (`--attn_implementation eager`).
         lora_dtype: dtype of the adapters.
         repeats_heads: attention without a mask keeps grouped keys and values once for each head.
         spare_tokens: by which Unsloth's attention fills up the rows of a micro-batch; None for rows of full length.
@@ -52,6 +53,7 @@ class TrainingSettings:
     sequence_length: int = 2048
     packed: bool = False
     attention_mask: bool | None = None
+    eager_attention: bool = False
     lora_dtype: str = "float32"
     repeats_heads: bool = False
     spare_tokens: int | None = None
@@ -90,7 +92,7 @@ class TrainingSettings:
         """Whether attention over a micro-batch of this many rows gets an explicit mask."""
         if self.attention_mask is not None:
             return self.attention_mask
-        return self.engine == "transformers" and (self.packed or micro_batch > 1)
+        return self.eager_attention or (self.engine == "transformers" and (self.packed or micro_batch > 1))
 
     def mask_width(self, micro_batch: int) -> int:
         """Tokens that a token's row of the mask has: those of its own row, or of all rows where they are joined."""

@@ -37,7 +37,10 @@ def test_unsloth_computes_in_bfloat16_only_where_the_card_has_it() -> None:
         assert made.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}, {"attn_implementation": "eager"}],
+)
 def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
     def peak(**options: Any) -> int:
         plan = parallel_tune.plan(
