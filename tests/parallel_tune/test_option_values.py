@@ -217,6 +217,21 @@ def test_attention_that_nobody_would_compute_is_refused(monkeypatch: pytest.Monk
         check_needs(flash)
 
 
+def test_attention_without_the_cap_that_a_model_has_on_its_scores_is_refused(tmp_path: Path) -> None:
+    """torch's kernel has none: Gemma 2 was trained, and judged, as another model than the one it is used as."""
+    gemma = {"model": "google/gemma-2-2b", "hardware": "1xH100-80GB"}
+    with pytest.raises(ConfigError, match="leaves out the cap") as caught:
+        parallel_tune.plan(**gemma, engine="transformers")
+    assert "--attn_implementation eager" in caught.value.hint
+    assert parallel_tune.plan(**gemma, engine="transformers", attn_implementation="eager").fits
+    assert parallel_tune.plan(**gemma).engine == "unsloth"  # its attention has the cap
+    from transformers import Gemma2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=None).save_pretrained(tmp_path)
+    assert parallel_tune.plan(model=str(tmp_path), hardware="cpu:1").fits
+
+
 def test_answers_alone_cannot_be_learned_of_plain_text(tied_model: Path, tmp_path: Path) -> None:
     """All of it was learned without a word, also where each text is a chat that somebody had rendered."""
     from transformers import AutoTokenizer
