@@ -43,10 +43,10 @@ def decide(
     """
     gpus = hardware.kind == "cuda"
     engine, said = choose_engine(config.engine, gpus, hardware.declared)
-    check_attention(config, engine)
     registry = load_registry()
     source, name = load_model_config(config.model)
     facts = facts_from_config(source, name)
+    check_attention(config, engine, facts)
     tracing.refuse_unknown(config, facts)
     machine = know(hardware, measure, in_4bit=planning.in_4bit(config, facts))
     with tracing.process_for(config, facts, source) as process:

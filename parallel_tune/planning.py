@@ -18,7 +18,7 @@ from parallel_tune.memory.captured import varlen_repeats_heads
 from parallel_tune.memory.closed_form import ClosedFormEstimator
 from parallel_tune.memory.corrections import CautiousEstimator, Corrections
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import adapts_experts, expert_parameters
+from parallel_tune.memory.parameters import expert_parameters
 from parallel_tune.memory.positions import beyond_positions
 from parallel_tune.memory.settings import MachineConstants, TrainingSettings
 from parallel_tune.padding_free import decide_padding
@@ -222,14 +222,9 @@ def training_settings(
     """What the memory estimate needs to know of the settings.
 
     Raises:
-        ConfigError: DoRA was asked for where peft has none, or the model has none of the modules to adapt.
+        ConfigError: peft has not what was asked for, or the model has none of the modules to adapt.
     """
     check_targets(config, facts)
-    if config.use_dora and any(adapts_experts(facts, i, tuple(config.target_modules)) for i in range(facts.num_layers)):
-        raise ConfigError(
-            f"use_dora: peft has no DoRA for the experts of {config.model}",
-            "Drop --use_dora, or name only attention's --target_modules.",
-        )
     # Attention that keeps to rows by their boundaries has no mask; eager attention has nothing else.
     unmasked = padding_free and config.attn_implementation != "eager"
     return TrainingSettings(

@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 NAME = "parallel_tune_rows"
 """What `_attn_implementation` of a model's config calls it."""
 
+OF_THE_MODULE = -1
+"""Of a window that a model does not pass on: its attention's own, if it has one."""
+
 VARLEN_HEAD_DIM = 256
 """The widest head that flash attention takes."""
 
@@ -42,7 +45,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = OF_THE_MODULE,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     row_lengths: Sequence[int] | None = None,
@@ -57,7 +60,7 @@ def attend(
 
     Args:
         query: [batch, heads, tokens, width]; key and value alike, with fewer heads where they are grouped.
-        sliding_window: tokens that one sees, itself included.
+        sliding_window: tokens that one sees, itself included; None for all, which is not the same as not passed on.
         cu_seq_lens_q: int32 [rows + 1], where rows begin and end; the batch is then 1.
         max_length_q: no row is longer.
 
@@ -70,7 +73,7 @@ def attend(
 
         joined, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal)
         return joined, None
-    if sliding_window is None:
+    if sliding_window == OF_THE_MODULE:
         sliding_window = getattr(module, "sliding_window", None)
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))

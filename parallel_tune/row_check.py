@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ def settle_padding(
         was_training = model.training
         model.eval()
         reason = _difference(model, few, plan, session, TOLERANCE[dtype], ours)
+        if reason is None and ours:
+            reason = _lost_window(model, rows, plan, session, TOLERANCE[dtype])
         if session.any(reason is not None):
             reason = reason or "another process found that rows see each other"
             if ours:
@@ -83,6 +86,41 @@ def settle_capture(
     if session.any(reason is not None):
         return reason or "another process found that rows see each other"
     return None
+
+
+def _lost_window(model: Any, rows: Sequence[EncodedRow], plan: Plan, session: Session, tolerance: float) -> str | None:
+    """Why our attention, which makes no masks, is not the library's over a row longer than the model's window; None if
+    it is. Some models tell their window to the mask alone.
+    """
+    config = model.config.get_text_config()
+    named = ((name, getattr(config, name, None)) for name in ("sliding_window", "attention_chunk_size"))
+    windows = [(size, name) for name, size in named if isinstance(size, int) and size > 0]
+    row = _longest(rows)
+    if not windows or len(row["input_ids"]) <= min(windows)[0]:
+        return None
+    joined = _logits(model, [row], plan, session, last=TOKENS)
+    use_library_attention(model)
+    alone = _logits(model, [row], plan, session, last=TOKENS)
+    use_row_attention(model)
+    change = _change(joined, alone)
+    if change <= tolerance:
+        return None
+    size, name = min(windows)
+    return f"without a mask its attention does not keep to {name} = {size} (outputs change by {change:.1%})"
+
+
+def _longest(rows: Sequence[EncodedRow]) -> EncodedRow:
+    """The longest row, by itself where it is packed with others."""
+    within = getattr(rows, "row_lengths", None) or [[len(row["input_ids"])] for row in rows]
+    sample = max(range(len(within)), key=lambda number: max(within[number]))
+    lengths, found = within[sample], rows[sample]
+    length = max(lengths)
+    start = sum(lengths[: lengths.index(length)])
+    return {"input_ids": found["input_ids"][start : start + length], "labels": found["labels"][start : start + length]}
+
+
+def _change(joined: torch.Tensor, alone: torch.Tensor) -> float:
+    return float((joined - alone).square().mean().sqrt() / alone.std())
 
 
 def _rope_by_length(model: Any) -> str:
@@ -129,14 +167,17 @@ def _difference(
         joined = _logits(model.train() if fixed else model, rows, plan, session, fixed)
     except (TypeError, ValueError, NotImplementedError) as error:
         return f"its forward takes no row boundaries ({type(error).__name__}: {error})"
-    change = float((joined - alone).square().mean().sqrt() / alone.std())
+    change = _change(joined, alone)
     if change <= tolerance:
         return None
     return f"the outputs of a row change by {change:.1%} of their spread when others stand beside it"
 
 
-def _logits(model: Any, rows: list[EncodedRow], plan: Plan, session: Session, fixed: bool = False) -> torch.Tensor:
-    """float32 [tokens, vocabulary] of joined rows; a single row goes without boundaries, as any model takes it."""
+def _logits(
+    model: Any, rows: list[EncodedRow], plan: Plan, session: Session, fixed: bool = False, last: int = 0
+) -> torch.Tensor:
+    """float32 [tokens, vocabulary] of joined rows, or of the `last` tokens; a single row goes without boundaries, as
+    any model takes it."""
     batch = join(rows, pad_token_id=0)
     tokens = sum(batch["row_lengths"])
     if fixed:
@@ -146,6 +187,9 @@ def _logits(model: Any, rows: list[EncodedRow], plan: Plan, session: Session, fi
     batch.pop("labels")
     on_device = {name: value.to(session.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     arguments, keep_to_rows = model_arguments(on_device, plan.engine)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if last and "logits_to_keep" in inspect.signature(causal.forward).parameters:
+        arguments["logits_to_keep"] = last
     with keep_to_rows:
         logits: torch.Tensor = model(**(arguments | {"use_cache": False})).logits[0]
-    return logits[:tokens].float()
+    return logits[-last:].float() if last else logits[:tokens].float()

@@ -1,20 +1,24 @@
-"""Which of a model's layers get adapters: names that it has not are refused, or the plan says so."""
+"""Which of a model's layers get adapters: names that it has not, and adapters that peft has not, are refused."""
 
 from __future__ import annotations
 
 from parallel_tune.config import LORA_TARGETS, TrainConfig
 from parallel_tune.memory.facts import ModelFacts
-from parallel_tune.memory.parameters import EXPERT_TARGETS, layer_linears
+from parallel_tune.memory.parameters import EXPERT_TARGETS, adapted_experts, layer_linears
 from strategies.errors import ConfigError
 
 
 def check_targets(config: TrainConfig, facts: ModelFacts) -> None:
-    """Refuse names that get no adapter.
+    """Refuse names that get no adapter, and adapters of a kind that peft has not.
 
     Raises:
-        ConfigError: a name of an embedding or a head, or of a layer that the model has not.
+        ConfigError: a name of an embedding or a head, or of a layer that the model has not; what peft does not do with
+            a mixture's experts.
     """
-    if config.full_finetuning or "all-linear" in config.target_modules:
+    if config.full_finetuning:
+        return
+    _check_experts(config, facts)
+    if "all-linear" in config.target_modules:
         return
     # Unsloth would train them in full beside the adapters, in float32; TRL refuses an adapter on a head.
     outside = {name.rpartition(".")[2] for name in (*facts.modules.embedding, facts.modules.head)}
@@ -36,6 +40,28 @@ def check_targets(config: TrainConfig, facts: ModelFacts) -> None:
             f"target_modules names {', '.join(missing)}, which {config.model} has not: peft would pass over it",
             f"It has {', '.join(linears)}; or use all-linear.",
         )
+
+
+def _check_experts(config: TrainConfig, facts: ModelFacts) -> None:
+    """Experts are stacked in two tensors a layer, to whose sums with their adapters peft puts its products."""
+    targets = tuple(config.target_modules)
+    names = EXPERT_TARGETS.get(facts.model_type, ())
+    halves = [name for name in names[:2] if name in targets]
+    if len(halves) == 1 and any(facts.is_mixture(layer) for layer in range(facts.num_layers)):
+        missing = next(name for name in names[:2] if name not in halves)
+        raise ConfigError(
+            f"target_modules names {halves[0]} without {missing}: the experts of {config.model} hold both as one",
+            "Name both or neither.",
+        )
+    if not any(any(adapted_experts(facts, layer, targets)) for layer in range(facts.num_layers)):
+        return
+    for name, given in (("use_dora", config.use_dora), ("lora_dropout", config.lora_dropout)):
+        if given:
+            what = "DoRA" if name == "use_dora" else "dropout"
+            raise ConfigError(
+                f"{name}: peft has no {what} for the experts of {config.model}",
+                f"Drop --{name}, or name only attention's --target_modules.",
+            )
 
 
 def _found(config: TrainConfig, facts: ModelFacts) -> tuple[list[str], list[str]]:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import AutocastKwargs
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from parallel_tune.best import last_weights_stay
 from parallel_tune.checkpoint_writer import CheckpointWriter
@@ -24,38 +23,16 @@ from parallel_tune.data import EncodedRows, collate
 from parallel_tune.data.packing import PackedRows
 from parallel_tune.evaluation import held_out_loss
 from parallel_tune.model_methods import read_adapters_onto, stays_in_training
+from parallel_tune.router_loss import RouterLoss
 from parallel_tune.row_arguments import model_arguments, with_boundaries_on
 from parallel_tune.sampler import GlobalBatches, MicroBatchSampler
 from parallel_tune.trackers import chosen, keep_from_ending_the_run
+from parallel_tune.trainer_parts import Arguments, EpochDataLoader, InBfloat16
 from strategies.base import Schedule, Session
 from strategies.clipping import clip_over_devices
 from strategies.contracts import Plan
 from strategies.errors import RunFailed
 from strategies.randomness import begin_at
-from strategies.reduction import reduce_in_bfloat16
-
-
-class EpochDataLoader(DataLoader):  # type: ignore[type-arg]
-    """A DataLoader that tells its batch sampler which epoch begins."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-class Arguments(SFTConfig):  # type: ignore[misc]
-    """SFTConfig whose CPU device has no index: torch.load cannot map a checkpoint to "cpu:0"."""
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-
-class InBfloat16(DistributedDataParallelKwargs):  # type: ignore[misc]
-    """Settings of DDP under which it sums gradients in bfloat16, on a CPU too."""
-
-    def register_comm_hook(self, model: Any) -> None:
-        model.register_comm_hook(None, reduce_in_bfloat16)
 
 
 class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
@@ -85,7 +62,9 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         self._waiting: list[Any] = []
         self._ahead: tuple[Iterator[Any], list[Any]] | None = None
         self._epoch_iterator: Iterator[Any] | None = None
+        self._router_loss = RouterLoss(kwargs["model"])
         super().__init__(**kwargs)
+        self._router_loss.keep_choice()
         # TRL casts the adapters of a 4-bit model to bfloat16; they train in float32 here, whatever holds the base.
         if hasattr(self.model, "peft_config"):
             read_adapters_onto(self.model, session.device)
@@ -178,7 +157,12 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         """
         inputs, keep_to_rows = model_arguments(inputs, self.plan.engine)
         with keep_to_rows:
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            if not self._router_loss.asked:
+                return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs["labels"]  # the pass may take them out
+            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        loss = self._router_loss.by_share(loss, outputs, labels, num_items_in_batch, self.plan.processes)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; where the session has a schedule, the step's last call runs them all through it.
@@ -241,7 +225,7 @@ class GlobalBatchTrainer(SFTTrainer):  # type: ignore[misc]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         most_rows = self.args.per_device_eval_batch_size
         # Which the model enters by itself only once it has been prepared for training.
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._router_loss.left_out():
             loss = held_out_loss(self.model, rows, self._pad, most_rows, self._tokens_at_once, self.session)
         self._evaluated = (self.state.global_step, loss)
         metrics = {f"{metric_key_prefix}_loss": loss}

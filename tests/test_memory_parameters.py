@@ -46,9 +46,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 TARGETS: list[tuple[str, ...]] = [DEFAULT_TARGETS, ("q_proj", "v_proj"), (ALL_LINEAR,)]
 
+DOWNS = [("mixtral", ("q_proj", "w2")), ("qwen3_moe", ("q_proj", "down_proj")), ("qwen2_moe", ("q_proj", "down_proj"))]
+"""Families of mixtures, and the names of experts' second products alone."""
 
-@pytest.mark.parametrize("model_type", CONFIGS)
-@pytest.mark.parametrize("targets", TARGETS, ids=["seven", "two", "all"])
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [*((name, targets) for targets in TARGETS for name in CONFIGS), *DOWNS]
+)
 def test_counts_are_those_of_transformers_and_peft(model_type: str, targets: tuple[str, ...]) -> None:
     import torch
     from peft import LoraConfig, get_peft_model

@@ -14,6 +14,7 @@ from strategies.contracts import Arrangement, Checkpointing, Part
 
 DORA = {"method": "lora", "use_dora": True}
 FUSED = {"cross_entropy": "fused", "method": "lora"}
+EAGER = {"method": "lora", "eager_attention": True}
 LORA_4BIT = {"method": "lora", "load_in_4bit": True}
 ATTENTION = {"method": "lora", "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")}
 ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
@@ -30,12 +31,15 @@ ROWS: list[tuple[str, dict[str, Any], Checkpointing, int]] = [
     ("Qwen/Qwen2.5-7B", {"method": "full"}, "none", 1),
     ("google/gemma-2-2b", {"method": "lora", "sequence_length": 6144}, "none", 1),
     ("google/gemma-3-1b-pt", {"method": "lora"}, "full", 1),
+    ("meta-llama/Llama-3.2-1B", EAGER, "none", 2),
+    ("google/gemma-2-2b", {**EAGER, "compute_dtype": "float32"}, "none", 1),
     ("mistralai/Mistral-7B-v0.1", {"method": "lora", "sequence_length": 6144}, "none", 1),
     ("microsoft/Phi-3-mini-4k-instruct", LORA_4BIT, "none", 1),
     ("Qwen/Qwen3-30B-A3B", ATTENTION, "none", 1),
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 256, "sequence_length": 512}, "none", 1),
     ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_rank": 64, "sequence_length": 512}, "full", 2),
     ("mistralai/Mixtral-8x7B-v0.1", {"method": "full"}, "full", 1),
+    ("Qwen/Qwen3-30B-A3B", {"method": "lora", "lora_targets": ("down_proj",), "sequence_length": 512}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "sequence_length": 2048}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "compute_dtype": "float32"}, "none", 1),
     ("meta-llama/Llama-3.2-1B", {**FUSED, "method": "full"}, "none", 2),
@@ -61,9 +65,6 @@ def test_whole_models_agree_with_their_traces(row: tuple[str, dict[str, Any], Ch
     facts = load_model_facts(name)
     error = compare(facts, options, whole(facts), Arrangement(1, 1, accumulation, checkpointing))
     assert abs(error) < 0.01
-
-
-EAGER = {"method": "lora", "eager_attention": True}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any, Literal, Protocol
 
 from parallel_tune.config import TrainConfig
+from parallel_tune.memory.facts import ModelFacts
 from strategies.base import Session
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -70,12 +71,18 @@ def choose_engine(name: str, gpus: bool, declared: bool) -> tuple[EngineName, st
     )
 
 
-def check_attention(config: TrainConfig, engine: EngineName) -> None:
-    """Refuse attention that was named and that nobody would compute.
+def check_attention(config: TrainConfig, engine: EngineName, facts: ModelFacts) -> None:
+    """Refuse attention that was named and that nobody would compute, and what computes another than the model's.
 
     Raises:
-        ConfigError: Unsloth has attention of its own.
+        ConfigError: Unsloth has attention of its own; torch's kernel passes over a cap of the scores (Gemma 2).
     """
+    if engine == "transformers" and config.attn_implementation == "sdpa" and facts.attention_softcap:
+        raise ConfigError(
+            f"attn_implementation = 'sdpa' leaves out the cap that {config.model} has on its attention scores "
+            "(attn_logit_softcapping): what is trained would not be this model",
+            "Add --attn_implementation eager, or flash_attention_2 where it is installed.",
+        )
     if engine == "unsloth" and config.attn_implementation != "sdpa":
         raise ConfigError(
             f"attn_implementation = {config.attn_implementation!r} is for transformers, and Unsloth, which this run "

@@ -25,12 +25,10 @@ def eager_scores(
         query, key, value = (tape.operation(query.size_bytes, ((factor, query.size_bytes),)) for factor in states)
         tape.drop(*states)
     product = tape.operation(narrow, ((query, query.size_bytes), (key, key.size_bytes)), (query, key))
-    scores = _then(tape, product, narrow)
-    if facts.model_type == "gemma2":
-        scores = _then(tape, scores, narrow)
-        capped = tape.operation(narrow, ((scores, narrow),), save_output=True)
-        tape.drop(scores)
-        scores = _then(tape, capped, narrow)
+    scores = tape.operation(narrow, ((product, narrow),))
+    tape.drop(product)
+    if facts.attention_softcap:
+        scores = ops.softcap(tape, scores)
     masked = tape.operation(narrow, ((scores, None),))
     tape.drop(scores)
     upcast = ops.cast(tape, masked, wide)
@@ -42,11 +40,4 @@ def eager_scores(
     tape.drop(weights, query, key, value)
     result = tape.operation(joined.size_bytes, ((joined, None),))
     tape.drop(joined)
-    return result
-
-
-def _then(tape: Tape, source: Value, size_bytes: int) -> Value:
-    """A product with a number, which keeps nothing."""
-    result = tape.operation(size_bytes, ((source, size_bytes),))
-    tape.drop(source)
     return result

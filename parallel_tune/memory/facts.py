@@ -53,6 +53,7 @@ class ModelFacts:
         dense_layers: layers of a mixture model that are dense all the same.
         sliding_window: tokens that a windowed layer looks back; 0 for none.
         windowed_layers: the layers that look back no further than the window.
+        attention_softcap: attention scores pass through tanh (Gemma 2).
         final_softcap: the logits pass through tanh (Gemma 2).
         extra_parameters: parameters beside the text model (a vision tower), held with the embedding.
         dtype: the dtype that the weights are published in.
@@ -85,6 +86,7 @@ class ModelFacts:
     dense_layers: tuple[int, ...] = ()
     sliding_window: int = 0
     windowed_layers: tuple[int, ...] = ()
+    attention_softcap: bool = False
     final_softcap: bool = False
     extra_parameters: int = 0
     dtype: str = "bfloat16"
@@ -171,6 +173,7 @@ def facts_from_config(config: Mapping[str, Any], source: str = "config.json") ->
         dense_layers=_dense_layers(text, layers) if experts else (),
         sliding_window=window,
         windowed_layers=windowed,
+        attention_softcap=bool(text.get("attn_logit_softcapping", model_type == "gemma2")),
         final_softcap=bool(text.get("final_logit_softcapping")),
         extra_parameters=_vision_parameters(vision, int(text["hidden_size"])) if isinstance(vision, Mapping) else 0,
         dtype=str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),

@@ -95,6 +95,7 @@ def config_values(facts: ModelFacts) -> dict[str, Any]:
         "eos_token_id": 1,
     }
     if f.model_type == "gemma2":
+        values["attn_logit_softcapping"] = 50.0 if f.attention_softcap else None
         values["final_logit_softcapping"] = 30.0 if f.final_softcap else None
     if f.num_experts:
         values |= {

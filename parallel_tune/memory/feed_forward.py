@@ -7,7 +7,7 @@ from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.operations import Scene
 from parallel_tune.memory.parameters import (
     Linear,
-    adapts_experts,
+    adapted_experts,
     expert_adapter_shapes,
     expert_parameters,
     mlp_linears,
@@ -45,24 +45,25 @@ def mixture(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, source: Val
     settings, hidden, inner = scene.settings, facts.hidden_size, facts.moe_intermediate_size
     pairs = facts.experts_per_token
     trained = scene.trained
-    adapted = settings.method == "lora" and adapts_experts(facts, layer, settings.lora_targets)
+    # Of gates and ups, and of downs.
+    adapted = adapted_experts(facts, layer, settings.lora_targets) if settings.method == "lora" else (False, False)
+    whole = expert_parameters(facts, layer) * settings.weight_bytes
+    weights = [size if trained or each else 0 for size, each in zip((whole * 2 // 3, whole // 3), adapted, strict=True)]
     # peft adds an adapter to a stacked weight as a whole: the sum, as large as the weight, is the product's operand.
-    sums = expert_parameters(facts, layer) * settings.weight_bytes if adapted else 0
-    if adapted and settings.adapter_bytes != scene.element_bytes:
+    sums = 0 if trained else sum(weights)
+    if any(adapted) and settings.adapter_bytes != scene.element_bytes:
         # Autocast's copies of both matrices, which their product's derivative wants.
-        elements = sum(rows * columns for rows, columns in expert_adapter_shapes(facts, settings.lora_rank))
-        sums += elements * scene.element_bytes
-    weights = expert_parameters(facts, layer) * settings.weight_bytes if trained or adapted else 0
+        shapes = expert_adapter_shapes(facts, layer, settings.lora_rank, settings.lora_targets)
+        sums += sum(rows * columns for rows, columns in shapes) * scene.element_bytes
     rows, wide, half = (scene.bytes_of(pairs * width) for width in (hidden, 2 * inner, inner))
     extra = tape.hold(sums + scene.tokens * (pairs * 3 * INDEX_BYTES + 2 * facts.num_experts * ops.FLOAT32_BYTES))
-    kept = trained or adapted
     chosen = tape.operation(rows, ((source, source.size_bytes),), (extra,), backward_scratch_bytes=rows)
     both = tape.operation(
         wide,
         ((chosen, rows),),
-        (chosen, extra) if kept else (),
-        (weights * 2 // 3,) if trained else (),
-        backward_scratch_bytes=0 if trained else weights * 2 // 3,
+        (chosen, extra) if weights[0] else (),
+        (weights[0],) if trained else (),
+        backward_scratch_bytes=0 if trained else weights[0],
     )
     tape.drop(chosen)
     # Rows beyond the last expert are zeroed in a copy, here and after the second product.
@@ -75,9 +76,9 @@ def mixture(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, source: Val
     down = tape.operation(
         rows,
         ((product, half),),
-        (product,) if kept else (),
-        (weights // 3,) if trained else (),
-        backward_scratch_bytes=0 if trained else weights // 3,
+        (product,) if weights[1] else (),
+        (weights[1],) if trained else (),
+        backward_scratch_bytes=0 if trained else weights[1],
     )
     tape.drop(product)
     masked = tape.operation(rows, ((down, rows),))

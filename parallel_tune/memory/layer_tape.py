@@ -159,7 +159,7 @@ def _scores(
     if (masked or settings.repeats_heads) and facts.num_heads != facts.num_kv_heads:
         # A single head is repeated by a view.
         repeated_bytes = query_bytes if facts.num_kv_heads > 1 else 0
-        repeated = [_repeated(tape, state, repeated_bytes, key_bytes) for state in (key, value)]
+        repeated = [ops.repeat(tape, state, repeated_bytes, key_bytes) for state in (key, value)]
         tape.drop(key, value)
         key, value = repeated
         key_bytes = query_bytes
@@ -180,12 +180,6 @@ def _scores(
     tape.release(bias)
     tape.drop(query, key, value)
     return joined
-
-
-def _repeated(tape: Tape, state: Value, size_bytes: int, gradient_bytes: int) -> Value:
-    if not size_bytes:
-        return tape.view(state, gradient_bytes)
-    return tape.operation(size_bytes, ((state, gradient_bytes),))
 
 
 def _feed_forward(tape: Tape, scene: Scene, facts: ModelFacts, layer: int, source: Value) -> Value:
@@ -209,7 +203,7 @@ def head_segment_tape(tape: Tape, scene: Scene, facts: ModelFacts, source: Value
     )
     tape.drop(normed)
     if facts.final_softcap:
-        logits = _softcapped(tape, logits)
+        logits = ops.softcap(tape, logits)
     wide_bytes = scene.tokens * facts.vocab_size * ops.FLOAT32_BYTES
     wide = ops.cast(tape, logits, wide_bytes)
     probabilities = tape.operation(wide_bytes, ((wide, wide_bytes),), save_output=True)
@@ -219,18 +213,6 @@ def head_segment_tape(tape: Tape, scene: Scene, facts: ModelFacts, source: Value
         tape.release(tape.hold(wide_bytes))
     tape.drop(logits)
     return loss
-
-
-def _softcapped(tape: Tape, logits: Value) -> Value:
-    """`tanh(logits / cap) * cap`: tanh keeps its result."""
-    size = logits.size_bytes
-    scaled = tape.operation(size, ((logits, size),))
-    tape.drop(logits)
-    bounded = tape.operation(size, ((scaled, size),), save_output=True)
-    tape.drop(scaled)
-    result = tape.operation(size, ((bounded, size),))
-    tape.drop(bounded)
-    return result
 
 
 @lru_cache(maxsize=1024)

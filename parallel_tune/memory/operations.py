@@ -242,3 +242,22 @@ def rotate(tape: Tape, source: Value, size_bytes: int) -> Value:
     return tape.operation(
         size_bytes, ((source, size_bytes),), scratch_bytes=2 * size_bytes, backward_scratch_bytes=3 * size_bytes
     )
+
+
+def repeat(tape: Tape, source: Value, size_bytes: int, gradient_bytes: int) -> Value:
+    """Keys or values once for each head (repeat_kv); of no bytes where it is a view."""
+    if not size_bytes:
+        return tape.view(source, gradient_bytes)
+    return tape.operation(size_bytes, ((source, gradient_bytes),))
+
+
+def softcap(tape: Tape, source: Value) -> Value:
+    """`tanh(x / cap) * cap`, in place of its source: tanh keeps its result."""
+    size = source.size_bytes
+    scaled = tape.operation(size, ((source, size),))
+    tape.drop(source)
+    bounded = tape.operation(size, ((scaled, size),), save_output=True)
+    tape.drop(scaled)
+    result = tape.operation(size, ((bounded, size),))
+    tape.drop(bounded)
+    return result

@@ -14,8 +14,9 @@ DEFAULT_TARGETS = ATTENTION_TARGETS + MLP_TARGETS
 """The seven linears of a layer that LoRA adapts unless the user says otherwise."""
 ALL_LINEAR = "all-linear"
 """peft's word for every linear but the head."""
-EXPERT_TARGETS = {"mixtral": ("w1", "w2", "w3"), "qwen3_moe": MLP_TARGETS}
-"""Families whose stacked experts peft adapts, and the names that stand for them (peft 0.21; not Qwen2-MoE)."""
+EXPERT_TARGETS = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": MLP_TARGETS}
+"""Families whose stacked experts peft adapts, and the names that stand for their gates, ups and downs (peft 0.21; not
+Qwen2-MoE)."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +155,17 @@ def adapted_linears(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> 
     return linears if ALL_LINEAR in targets else tuple(linear for linear in linears if linear.name in targets)
 
 
-def adapts_experts(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> bool:
-    """Whether peft adapts the stacked experts of a layer.
+def adapted_experts(facts: ModelFacts, layer: int, targets: tuple[str, ...]) -> tuple[bool, bool]:
+    """Whether peft adapts the stacked gates and ups of a layer's experts, and whether their stacked downs.
 
     peft's `_convert_peft_config_moe` maps the names that single experts had before transformers 5 to the stacked
     tensors, for some families.
     """
-    if not facts.is_mixture(layer):
-        return False
-    names = EXPERT_TARGETS.get(facts.model_type)
-    return names is not None and (ALL_LINEAR in targets or set(names) <= set(targets))
+    names = EXPERT_TARGETS.get(facts.model_type) if facts.is_mixture(layer) else None
+    if names is None:
+        return False, False
+    gate, up, down = (ALL_LINEAR in targets or name in targets for name in names)
+    return gate and up, down
 
 
 @lru_cache(maxsize=4096)
@@ -178,18 +180,18 @@ def adapter_shapes(facts: ModelFacts, layer: int, rank: int, targets: tuple[str,
         for linear in adapted_linears(facts, layer, targets)
         for shape in ((rank, linear.inputs), (linear.outputs, rank))
     ]
-    if adapts_experts(facts, layer, targets):
-        shapes += expert_adapter_shapes(facts, rank)
-        if ALL_LINEAR in targets:
-            shapes += [(rank, facts.hidden_size), (facts.num_experts, rank)]
+    shapes += expert_adapter_shapes(facts, layer, rank, targets)
+    if ALL_LINEAR in targets and any(adapted_experts(facts, layer, targets)):
+        shapes += [(rank, facts.hidden_size), (facts.num_experts, rank)]
     return tuple(shapes)
 
 
-def expert_adapter_shapes(facts: ModelFacts, rank: int) -> list[tuple[int, int]]:
+def expert_adapter_shapes(facts: ModelFacts, layer: int, rank: int, targets: tuple[str, ...]) -> list[tuple[int, int]]:
     """Rows and columns of the LoRA matrices of one layer's stacked experts: gate and up together, then down."""
     experts, hidden, inner = facts.num_experts, facts.hidden_size, facts.moe_intermediate_size
-    gate_and_up = [(2 * rank * experts, hidden), (2 * inner, 2 * rank * experts)]
-    return [*gate_and_up, (rank * experts, inner), (hidden, rank * experts)]
+    gates, downs = adapted_experts(facts, layer, targets)
+    gate_and_up = [(2 * rank * experts, hidden), (2 * inner, 2 * rank * experts)] if gates else []
+    return gate_and_up + ([(rank * experts, inner), (hidden, rank * experts)] if downs else [])
 
 
 def adapter_parameters(facts: ModelFacts, part: Part, rank: int, targets: tuple[str, ...] = DEFAULT_TARGETS) -> int:

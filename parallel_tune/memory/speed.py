@@ -120,5 +120,8 @@ def host_seconds(settings: TrainingSettings, part: Part, arrangement: Arrangemen
 
 
 def _keys_per_query(facts: ModelFacts, tokens: int, layer: int) -> float:
-    half = tokens / 2
-    return min(half, facts.sliding_window) if layer in facts.windowed_layers else half
+    """On average: half the tokens, or a window, which the first queries have not whole before them."""
+    window = facts.sliding_window
+    if layer not in facts.windowed_layers or tokens <= window:
+        return tokens / 2
+    return window - window * window / (2 * tokens)

@@ -22,7 +22,9 @@ from parallel_tune.bench.summary import Measured, compare, flops_utilisation
 from parallel_tune.bench.work import Work
 from parallel_tune.config import make_config
 from parallel_tune.hardware import parse_hardware
+from parallel_tune.memory.facts import facts_from_config
 from parallel_tune.memory.lookup import load_model_facts
+from parallel_tune.memory.settings import TrainingSettings
 from parallel_tune.memory.speed import micro_batch_flops, model_flops
 from parallel_tune.planning import make_plan, training_settings
 from strategies.contracts import Arrangement, Part
@@ -275,6 +277,20 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 
 
 MODEL = "unsloth/Qwen3-8B"
+
+
+@pytest.mark.parametrize("tokens", [64, 100, 101, 150, 200, 1000])
+def test_a_window_spares_attention_what_lies_before_it(tokens: int) -> None:
+    """A row one and a half windows long was counted as if it had none."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    window = 100
+    config = {"model_type": "mistral", **sizes, "num_key_value_heads": 2, "vocab_size": 50, "sliding_window": window}
+    windowed, free = facts_from_config(config), facts_from_config({**config, "sliding_window": None})
+    settings = TrainingSettings()
+    spared = model_flops(free, settings, [tokens]) - model_flops(windowed, settings, [tokens])
+    keys = sum(max(0, query - window) for query in range(1, tokens + 1))
+    # Forward and backward, two products, 2 FLOP an element of the queries, in each layer.
+    assert spared == pytest.approx(3 * 4 * 64 * 3 * keys, rel=0.02, abs=3 * 4 * 64 * 3 * window)
 
 
 def test_model_flops_are_those_of_the_plan_without_recomputation() -> None:

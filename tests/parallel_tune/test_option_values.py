@@ -54,7 +54,10 @@ def test_float16_is_refused_on_a_cpu_where_no_loss_is_scaled(options: dict[str, 
     assert parallel_tune.plan(model=model, hardware="cpu:2", bf16=True).dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"bias": "all"}, {"r": 64}, {"lora_dropout": 0.1}, {"attn_implementation": "eager"}],
+)
 def test_what_costs_memory_is_in_the_plan(options: dict[str, Any]) -> None:
     def peak(**options: Any) -> int:
         plan = parallel_tune.plan(
@@ -71,6 +74,20 @@ def test_dora_is_refused_where_peft_has_none() -> None:
         parallel_tune.plan(
             model="mistralai/Mixtral-8x7B-v0.1", hardware="8xH100-80GB", use_dora=True, target_modules="all"
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout: peft has no dropout for the experts"),
+        ({"target_modules": "q_proj,gate_proj"}, "names gate_proj without up_proj"),
+    ],
+)
+def test_what_peft_does_not_do_with_experts_is_refused(options: dict[str, Any], said: str) -> None:
+    model = {"model": "Qwen/Qwen3-30B-A3B", "hardware": "8xH100-80GB"}
+    with pytest.raises(ConfigError, match=said):
+        parallel_tune.plan(**model, **options)
+    assert parallel_tune.plan(**model, lora_dropout=0.1, target_modules="q_proj,v_proj")
 
 
 def test_evaluation_takes_as_many_rows_at_once_as_it_is_told() -> None:
@@ -217,6 +234,21 @@ def test_attention_that_nobody_would_compute_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr("parallel_tune.needs.installed", lambda package: package not in ("flash_attn", "kernels"))
     with pytest.raises(ConfigError, match="needs flash-attn"):
         check_needs(flash)
+
+
+def test_attention_without_the_cap_that_a_model_has_on_its_scores_is_refused(tmp_path: Path) -> None:
+    """torch's kernel has none: Gemma 2 was trained, and judged, as another model than the one it is used as."""
+    gemma = {"model": "google/gemma-2-2b", "hardware": "1xH100-80GB"}
+    with pytest.raises(ConfigError, match="leaves out the cap") as caught:
+        parallel_tune.plan(**gemma, engine="transformers")
+    assert "--attn_implementation eager" in caught.value.hint
+    assert parallel_tune.plan(**gemma, engine="transformers", attn_implementation="eager").fits
+    assert parallel_tune.plan(**gemma).engine == "unsloth"  # its attention has the cap
+    from transformers import Gemma2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Gemma2Config(**sizes, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=None).save_pretrained(tmp_path)
+    assert parallel_tune.plan(model=str(tmp_path), hardware="cpu:1").fits
 
 
 def test_answers_alone_cannot_be_learned_of_plain_text(tied_model: Path, tmp_path: Path) -> None:

@@ -177,6 +177,32 @@ def test_the_check_finds_models_that_mix_rows(name: str) -> None:
             settle(model, make_config(options))
 
 
+CHUNKS = {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32, "no_rope_layers": [1, 1, 1, 0]}
+WINDOWED: dict[str, tuple[Any, bool]] = {
+    "of some layers": (transformers.Exaone4Config(**SIZES, sliding_window=18, sliding_window_pattern=4), True),
+    "in the mask alone": (transformers.PhimoeConfig(**SIZES, sliding_window=18, num_local_experts=4), False),
+    "of chunks": (transformers.Llama4TextConfig(**SIZES, **CHUNKS, attention_chunk_size=18), False),
+    "longer than all rows": (transformers.PhimoeConfig(**SIZES, sliding_window=20, num_local_experts=4), True),
+}
+"""Models whose windows are longer than what is tried of each row, and whether our attention keeps to them."""
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_that_attention_is_not_told_of_is_found(name: str) -> None:
+    torch.manual_seed(0)
+    config, keeps = WINDOWED[name]
+    # Not in training: PhiMoE's routers draw numbers then.
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for parameter in model.parameters():
+        parameter.data *= 3
+    loss, gradient = step(model, padded(3))
+    reason = settle(model, make_config({}))
+    assert (reason is None) == keeps and ("does not keep to" in (reason or "") or keeps), reason
+    again, same = step(model, joined(3) if keeps else padded(3))
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(same, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
 def test_a_forward_that_takes_no_boundaries_is_a_reason() -> None:
     model = make("llama")
     forward = model.forward
