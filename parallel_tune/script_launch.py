@@ -22,7 +22,7 @@ from parallel_tune.launch import LaunchSpec, process_environment, torchrun_argum
 from parallel_tune.plan_view import render_plan
 from parallel_tune.script import MODEL_VARIABLE
 from parallel_tune.script_placement import PLAN_VARIABLE
-from parallel_tune.script_reading import Reading, check, read_script
+from parallel_tune.script_reading import Reading, check, check_order, read_script
 from parallel_tune.script_watch import OutputFollower, ScriptWatcher
 from strategies.contracts import Device, DevicePlan, Hardware, Plan
 from strategies.errors import ConfigError, StrategiesCombined
@@ -70,6 +70,7 @@ def launch_script(script: Path, arguments: Sequence[str], options: Mapping[str, 
     config = make_config(options)
     _refuse_outer_launcher()
     reading = read_script(script)
+    check_order(script, arguments, options)
     hardware = find_hardware(config)
     chosen = choose(config, options.get("model"), reading, hardware)
     check(reading, chosen.strategy, len(chosen.devices) if chosen.devices[0].kind == "cuda" else 0)

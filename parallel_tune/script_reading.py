@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,10 @@ REPLICATES = {"torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+STARTERS = re.compile(r"(python[\d.]*|torchrun|accelerate|deepspeed)(\.exe)?")
+"""Commands that start scripts, where a script's name is expected."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,17 @@ def read_script(path: Path) -> Reading:
     Raises:
         ConfigError: it cannot be read, or is not Python.
     """
+    if path.suffix == ".ipynb":  # its JSON may well be Python
+        raise ConfigError(
+            f"{path} is a notebook, and a script is run",
+            f"`jupyter nbconvert --to script {path}` makes a script of it; %pip and other magic lines must go.",
+        )
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the script {path}: {error.strerror}", "Give an existing Python file."
-        ) from error
+        command = STARTERS.fullmatch(path.name)
+        hint = f"Leave {path} away: the script is started for you." if command else "Give an existing Python file."
+        raise ConfigError(f"cannot read the script {path}: {error.strerror}", hint) from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else str(path)
@@ -105,6 +114,26 @@ def read_script(path: Path) -> Reading:
             findings += _maps(node, names)
             findings += [found for found in _places(node, names) if not _looked_at(found.name, conditions)]
     return Reading(path, tuple(sorted(findings, key=lambda finding: finding.line)), tuple(dict.fromkeys(models)))
+
+
+def check_order(path: Path, arguments: Sequence[str], given: Collection[str]) -> None:
+    """Refuse what is meant for the launch and stands behind the script, which never heard of it.
+
+    Args:
+        arguments: the script's.
+        given: names of options before the script.
+
+    Raises:
+        ConfigError: the strategy or the hardware would have been passed over.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for word in arguments:
+        for name in ("strategy", "hardware"):
+            if word.partition("=")[0] == f"--{name}" and name not in text and name not in given:
+                raise ConfigError(
+                    f"--{name} stands behind {path} and so goes to the script, which does not mention it",
+                    f"Write it before the script: parallel-tune launch --{name} ... {path} ...",
+                )
 
 
 def check(reading: Reading, strategy: str, gpus: int = 0) -> None:

@@ -9,7 +9,7 @@ import pytest
 from parallel_tune.config import TrainConfig
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.script_launch import choose
-from parallel_tune.script_reading import check, read_script
+from parallel_tune.script_reading import check, check_order, read_script
 from strategies.errors import ConfigError, NoStrategyFits, StrategiesCombined
 
 SPLITS = [
@@ -85,6 +85,32 @@ def test_a_split_is_refused_under_ddp_alone(tmp_path: Path, text: str) -> None:
         check(reading, "ddp")
     assert "--strategy model_parallel" in raised.value.hint
     check(reading, "model_parallel")
+
+
+def test_a_notebook_is_no_script(tmp_path: Path) -> None:
+    """Its JSON is Python, and the run ended in "name 'null' is not defined"."""
+    (tmp_path / "train.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4}')
+    with pytest.raises(ConfigError, match="is a notebook") as raised:
+        read_script(tmp_path / "train.ipynb")
+    assert "jupyter nbconvert --to script" in raised.value.hint
+
+
+@pytest.mark.parametrize("word", ["python", "python3.12", "torchrun", "accelerate"])
+def test_a_command_before_the_script_is_to_be_left_away(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot read the script {word}") as raised:
+        read_script(Path(word))
+    assert raised.value.hint == f"Leave {word} away: the script is started for you."
+
+
+@pytest.mark.parametrize("words", [["--strategy", "model_parallel"], ["data", "--hardware=cpu:2"]])
+def test_options_of_the_launch_behind_a_script_that_has_none_such_are_refused(tmp_path: Path, words: list[str]) -> None:
+    """The strategy was decided as if none had been named."""
+    path = script(tmp_path, "print('trains')")
+    with pytest.raises(ConfigError, match=r"stands behind .*train.py"):
+        check_order(path, words, {"model"})
+    check_order(path, words, {"strategy", "hardware"})
+    check_order(script(tmp_path, "parser.add_argument('--strategy')\nhardware = 1"), words, ())
+    check_order(path, ["--batch_size", "2"], ())
 
 
 @pytest.mark.parametrize("text", BY_NAME)
