@@ -16,6 +16,8 @@ SPLITS = [
     'Model.from_pretrained("m", device_map="auto")',
     'options = {"device_map": "balanced"}',
     'options = dict(device_map="sequential")',
+    'FastLanguageModel.from_pretrained("m", device_map="unsloth_balanced")',
+    'FastLanguageModel.from_pretrained("m", device_map="unsloth")',
     'options["device_map"] = "balanced_low_0"',
     'load("m", device_map={"model.layers.0": 0, "model.layers.1": "cuda:1"})',
     'kwargs.setdefault("device_map", "auto")',
