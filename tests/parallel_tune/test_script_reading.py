@@ -200,6 +200,50 @@ def test_the_model_is_read_where_it_is_written_out(tmp_path: Path, text: str) ->
     assert read_script(script(tmp_path, text)).models == ("org/m",)
 
 
+NOTEBOOK = """
+from unsloth import FastLanguageModel
+max_seq_length, dtype = 4096, None
+load_in_4bit = {}
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name = "meta-llama/Llama-3.1-8B-Instruct", max_seq_length = 1024, dtype = dtype, load_in_4bit = load_in_4bit)
+if False:
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name = "lora_model", load_in_4bit = False)
+"""
+
+
+def test_the_plan_counts_the_weights_as_the_script_loads_them(tmp_path: Path) -> None:
+    """A script that fits each of two T4s in 4 bit was split, for the size that it would have in 16."""
+    cards = parse_hardware("2xT4-16GB")
+    four, sixteen = (read_script(script(tmp_path, NOTEBOOK.format(said))) for said in ("True", "False"))
+    assert four.models == ("meta-llama/Llama-3.1-8B-Instruct",)
+    assert dict(four.loads) == {"load_in_4bit": True, "max_seq_length": 1024}
+    chosen = choose(TrainConfig(), None, four, cards)
+    assert (chosen.strategy, chosen.processes) == ("ddp", 2)
+    assert "on 4-bit weights and rows of 1024 tokens" in chosen.lines[-1]
+    assert choose(TrainConfig(), None, sixteen, cards).strategy == "model_parallel"
+    assert choose(TrainConfig(), None, four, cards, {"load_in_4bit"}).strategy == "model_parallel"
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ("FastLanguageModel.from_pretrained('m')", {"load_in_4bit": True}),
+        ("FastLanguageModel.from_pretrained('m', load_in_8bit=True)", {}),
+        ("FastModel.from_pretrained('m', **options)", {}),
+        ("FastModel.from_pretrained('m', full_finetuning=True)", {"full_finetuning": True}),
+        ("FastModel.from_pretrained('m', load_in_4bit=args.load_in_4bit)", {}),
+        ("FastModel.from_pretrained('m', max_seq_length=0, load_in_4bit=False)", {}),
+        ("q = BitsAndBytesConfig(load_in_4bit=True)\nAutoModel.from_pretrained('m', quantization_config=q)",
+         {"load_in_4bit": True}),
+        ("AutoModelForCausalLM.from_pretrained('m')", {}),
+    ],
+)  # fmt: skip
+def test_how_a_model_is_loaded_is_read_where_it_is_written_out(
+    tmp_path: Path, text: str, loads: dict[str, object]
+) -> None:
+    assert dict(read_script(script(tmp_path, text)).loads) == loads
+
+
 def test_what_is_not_python_is_said_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train.py:2: not Python"):
         read_script(script(tmp_path, "def"))
