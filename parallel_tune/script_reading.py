@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,8 @@ def read_script(path: Path) -> Reading:
     if path.suffix == ".ipynb":  # its JSON may well be Python
         raise ConfigError(
             f"{path} is a notebook, and a script is run",
-            f"`jupyter nbconvert --to script {path}` makes a script of it; %pip and other magic lines must go.",
+            f"`jupyter nbconvert --to script {shlex.quote(str(path))}` makes a script of it; lines of magic as %pip "
+            "must go.",
         )
     try:
         tree = ast.parse(path.read_bytes(), str(path))
