@@ -166,6 +166,16 @@ def test_a_path_is_not_asked_of_the_hub(name: str) -> None:
         load_model_facts(name, offline=False)
 
 
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/unsloth/Qwen3-8B/tree/main", "huggingface.co/unsloth/Qwen3-8B"]
+)
+def test_the_name_in_an_address_of_the_hub_is_said(address: str) -> None:
+    """Qwen/Qwen3-4B was offered for it."""
+    with pytest.raises(ConfigError, match="is an address") as raised:
+        load_model_facts(address, offline=True)
+    assert raised.value.hint == "Give its name: --model unsloth/Qwen3-8B"
+
+
 class Hub(BaseHTTPRequestHandler):
     """Answers every request by its status alone, and counts those for a file."""
 

@@ -76,6 +76,9 @@ def load_model_config(
             name = type(error).__name__
             told = None if name in _HUB_ANSWERS else why_not(error)
             reason = _HUB_ANSWERS.get(name, f"the Hub cannot be asked: {told[0] if told else name}")
+    address = re.search(r"huggingface\.co/(\w[\w.-]*/\w[\w.-]*)", model)
+    if address is not None:
+        raise ConfigError(f"{model!r} is an address, and a model is named", f"Give its name: --model {address[1]}")
     near = nearest_names(model)
     raise ConfigError(
         f"nothing is known of model {model!r}: looked at {', '.join(looked_at)} ({reason})",
