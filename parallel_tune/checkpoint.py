@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,8 @@ def whole_or_none(folder: Path) -> Iterator[None]:
         raise RunFailed(
             f"{folder} could not be written: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             f"{free}Make room, or choose another place; "
-            f"`parallel-tune resume {folder.parent}` goes on from the last complete checkpoint, if there is one.",
+            f"`parallel-tune resume {shlex.quote(str(folder.parent))}` goes on from the last complete checkpoint, "
+            "if there is one.",
         ) from error
 
 

@@ -17,6 +17,7 @@ from parallel_tune.options import (
     TOKENS,
     GroupedHelp,
     GroupedOption,
+    HomePath,
     SettingsCommand,
     given,
     is_recipe,
@@ -155,7 +156,7 @@ def bench(
     help="The model that SCRIPT trains, whose size decides; read from the script if left out.",
 )  # fmt: skip
 @debug_option
-@click.argument("script", type=click.Path(dir_okay=False))
+@click.argument("script", type=HomePath(dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any) -> None:
     """Run an Unsloth, TRL or transformers SCRIPT with its ARGUMENTS under a strategy.
@@ -170,7 +171,7 @@ def launch(script: str, arguments: tuple[str, ...], debug: bool, **options: Any)
 
 
 @program.command(context_settings=TOKENS)
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("run", type=HomePath(file_okay=False))
 @click.option("--hub_token", default=None, help="Token for a push when it is done; else HF_TOKEN or the stored login.")
 @click.option(
     "--replan", is_flag=True, default=False,
@@ -199,14 +200,14 @@ def resume(
 
 
 @program.command(short_help="Write an adapter, a merged model or a GGUF file.", context_settings=TOKENS)
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("run", type=HomePath(file_okay=False))
 @click.option(
     "--save_method",
     default="lora",
     show_default=True,
     type=click.Choice(["lora", "merged_16bit", "merged_4bit", "gguf"]),
 )
-@click.option("--save_path", required=True, type=click.Path(), help="The folder to write; new or empty.")
+@click.option("--save_path", required=True, type=HomePath(), help="The folder to write; new or empty.")
 @click.option(
     "--quantization", default=None,
     help="Types of the GGUF files, comma-separated: f16, bf16, q8_0, q4_k_m and so on; f16 if left out.",
@@ -239,7 +240,7 @@ def export(
 
 
 @program.command(context_settings=TOKENS)
-@click.argument("run", type=click.Path(file_okay=False))
+@click.argument("run", type=HomePath(file_okay=False))
 @debug_option
 def report(run: str, debug: bool) -> None:
     """Write RUN/report.html anew."""
@@ -249,10 +250,8 @@ def report(run: str, debug: bool) -> None:
 
 
 @program.command(short_help="Show runs side by side: table, HTML and PNG.", context_settings=TOKENS)
-@click.argument("runs", nargs=-1, required=True, type=click.Path(file_okay=False))
-@click.option(
-    "--output", default="outputs/compare", show_default=True, type=click.Path(file_okay=False), help="Folder."
-)
+@click.argument("runs", nargs=-1, required=True, type=HomePath(file_okay=False))
+@click.option("--output", default="outputs/compare", show_default=True, type=HomePath(file_okay=False), help="Folder.")
 @debug_option
 def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
     """Show runs side by side: a table, compare.html and compare.png."""
@@ -263,7 +262,7 @@ def compare(runs: tuple[str, ...], output: str, debug: bool) -> None:
 
 @program.command(short_help="Say what is here, and whether a run could start.", context_settings=TOKENS)
 @click.option("--json", "as_json", is_flag=True, default=False, help="Print one JSON object.")
-@click.option("--output_dir", default="outputs", show_default=True, type=click.Path(), help="Where runs shall lie.")
+@click.option("--output_dir", default="outputs", show_default=True, type=HomePath(), help="Where runs shall lie.")
 @debug_option
 def doctor(as_json: bool, output_dir: str, debug: bool) -> None:
     """Say what is here, and whether a run could start; exit code 2 if none could."""
@@ -280,7 +279,7 @@ def doctor(as_json: bool, output_dir: str, debug: bool) -> None:
 @program.command(short_help="Fine-tune a small real model on example data.", context_settings=TOKENS)
 @click.option("--strategy", default="auto", show_default=True, help="ddp, model_parallel or auto.")
 @click.option("--hardware", default=None, help="Devices, for example cpu:2.")
-@click.option("--model_dir", default=None, type=click.Path(), help="Where the demo's model is kept.")
+@click.option("--model_dir", default=None, type=HomePath(), help="Where the demo's model is kept.")
 @click.option("--max_steps", default=None, type=int, help="Optimizer steps.")
 @debug_option
 def demo(strategy: str, hardware: str | None, model_dir: str | None, max_steps: int | None, debug: bool) -> None:

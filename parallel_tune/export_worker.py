@@ -87,7 +87,7 @@ def export(run: RunDir, wanted: Export, card: str) -> None:
             message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise RunFailed(
                 f"{target} is written, but the push to {wanted.hub_path} failed: {message}",
-                f"`hf upload {wanted.hub_path} {target}` pushes it without a new export.",
+                f"`hf upload {wanted.hub_path} {shlex.quote(str(target))}` pushes it without a new export.",
             ) from error
 
 
@@ -112,7 +112,8 @@ def require_readable(adapter: Path) -> None:
     except Exception as error:
         raise RunFailed(
             f"the adapter in {adapter} cannot be read: {type(error).__name__}: {error}",
-            f"Remove that folder: `parallel-tune resume {adapter.parent}` makes it anew from the last checkpoint.",
+            f"Remove that folder: `parallel-tune resume {shlex.quote(str(adapter.parent))}` makes it anew from the "
+            "last checkpoint.",
         ) from error
 
 

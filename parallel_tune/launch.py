@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -278,6 +279,7 @@ class Watcher:
         """Decide by what lies on disk; a launcher's exit code says too little and at times the wrong thing."""
         outcomes = self._outcomes()
         main = outcomes.get(0)
+        resume = f"parallel-tune resume {shlex.quote(str(self._run.path))}"
         if main is not None and main.code == 0:
             return
         if main is not None and main.code == Stopped.exit_code:
@@ -287,7 +289,7 @@ class Watcher:
         if self._signals:
             raise RunFailed(
                 "ended by a signal before a checkpoint was written",
-                f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint, if there is one.",
+                f"`{resume}` goes on from the last complete checkpoint, if there is one.",
             )
         if not self._run.logs.exists():
             raise RunFailed(
@@ -295,14 +297,13 @@ class Watcher:
                 "Where it is now, `parallel-tune resume` goes on from the last complete checkpoint.",
             )
         if vanished and (full := full_disk(self._run.path)):
-            raise RunFailed(full, f"`parallel-tune resume {self._run.path}` goes on from the last complete checkpoint.")
+            raise RunFailed(full, f"`{resume}` goes on from the last complete checkpoint.")
         if vanished:
             names = ", ".join(f"rank {rank}" for rank in vanished)
             log = self._run.log(vanished[0])
             raise RunFailed(
                 f"{names} ended without a word: {why_silent(log, self._log_begins[vanished[0]])}",
-                f"Log: {log}; `parallel-tune resume {self._run.path}` goes on from the last "
-                "checkpoint, if there is one.",
+                f"Log: {log}; `{resume}` goes on from the last checkpoint, if there is one.",
             )
         self._raise_first_failure(outcomes)
         tail = _tail(self._run.logs / "launcher.log")

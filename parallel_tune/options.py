@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -54,6 +55,14 @@ class Words(click.Choice):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value itself, or the one that it is another word for."""
         return super().convert(self._synonyms.get(str(value).lower(), value), param, ctx)
+
+
+class HomePath(click.Path):
+    """A path in which ~ is the home: bash and zsh leave it as it is in `--output=~/folder`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path with the home written out."""
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - as config.py does
 
 
 class GroupedHelp(click.Command):
@@ -120,7 +129,7 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for item in reversed(dataclasses.fields(TrainConfig)):
         command = _option(item, hints[item.name])(command)
     command = click.option(
-        "--config", "config_file", type=click.Path(dir_okay=False), cls=GroupedOption,
+        "--config", "config_file", type=HomePath(dir_okay=False), cls=GroupedOption,
         help="Recipe in YAML; options on the command line win over it.",
     )(command)  # fmt: skip
     return click.option(

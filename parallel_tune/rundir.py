@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def create(config: TrainConfig, plan: Plan, now: float | None = None) -> RunDir:
     if is_taken:
         raise ConfigError(
             f"{path} holds a run already",
-            f"Go on with it by `parallel-tune resume {path}`, or choose another --output_dir.",
+            f"Go on with it by `parallel-tune resume {shlex.quote(str(path))}`, or choose another --output_dir.",
         )
     try:
         run.logs.mkdir(exist_ok=True)

@@ -19,7 +19,8 @@ from typing import Any
 
 from parallel_tune.script_placement import Placement
 
-SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+SPLITTING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "unsloth", "unsloth_balanced")
+"""transformers' words for a split, and Unsloth's."""
 LOADERS = {
     "transformers.modeling_utils": ("PreTrainedModel",),
     "unsloth.models.loader": ("FastLanguageModel", "FastModel"),

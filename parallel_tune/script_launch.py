@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from parallel_tune.launch import LaunchSpec, process_environment, torchrun_argum
 from parallel_tune.plan_view import render_plan
 from parallel_tune.script import MODEL_VARIABLE
 from parallel_tune.script_placement import PLAN_VARIABLE
-from parallel_tune.script_reading import Reading, check, read_script
+from parallel_tune.script_reading import Reading, check, check_order, read_script
 from parallel_tune.script_watch import OutputFollower, ScriptWatcher
 from strategies.contracts import Device, DevicePlan, Hardware, Plan
 from strategies.errors import ConfigError, StrategiesCombined
@@ -70,8 +70,9 @@ def launch_script(script: Path, arguments: Sequence[str], options: Mapping[str, 
     config = make_config(options)
     _refuse_outer_launcher()
     reading = read_script(script)
+    check_order(script, arguments, options)
     hardware = find_hardware(config)
-    chosen = choose(config, options.get("model"), reading, hardware)
+    chosen = choose(config, options.get("model"), reading, hardware, options)
     check(reading, chosen.strategy, len(chosen.devices) if chosen.devices[0].kind == "cuda" else 0)
     check_devices(len(chosen.devices), chosen.devices[0].kind, hardware)
     for line in chosen.lines:
@@ -85,11 +86,14 @@ def launch_script(script: Path, arguments: Sequence[str], options: Mapping[str, 
         ScriptWatcher(chosen.processes, run, spec, follower.poll).run()
 
 
-def choose(config: TrainConfig, model: str | None, reading: Reading, hardware: Hardware) -> ScriptLaunch:
+def choose(
+    config: TrainConfig, model: str | None, reading: Reading, hardware: Hardware, given: Collection[str] = ()
+) -> ScriptLaunch:
     """Strategy, processes and devices of a script.
 
     Args:
         model: what the user named; else the script may write it out.
+        given: names of the settings that the user gave; others are taken from the script where it writes them out.
 
     Raises:
         ConfigError: the model's size is needed and not known.
@@ -118,12 +122,28 @@ def choose(config: TrainConfig, model: str | None, reading: Reading, hardware: H
         )
     if model is None:
         lines.append(f"{reading.path} loads {name}: the plan is for that model.")
-    plan, said = decide(config.replace(strategy=strategy, model=name), hardware)
+    config = _as_loaded(config.replace(strategy=strategy, model=name), reading, hardware, given)
+    plan, said = decide(config, hardware)
     planning.require_fit(plan, strategy)
     lines += said
+    trained = "all weights" if config.full_finetuning else f"adapters of rank {config.r}"
+    lines.append(
+        f"The plan counts {trained}{' on 4-bit weights' if config.load_in_4bit else ''} and rows of "
+        f"{config.max_seq_length} tokens, trained as parallel-tune itself would; what the script trains is its own."
+    )
     if plan.strategy == "model_parallel" and hardware.kind == "cpu" and len(plan.devices) > 1:
         lines.append(_CPU_SPLIT)
     return ScriptLaunch(plan.strategy, plan.processes, plan.devices, plan, name, tuple(lines))
+
+
+def _as_loaded(config: TrainConfig, reading: Reading, hardware: Hardware, given: Collection[str]) -> TrainConfig:
+    """The settings as the script loads its model; 4 bit and full fine-tuning as one: they exclude each other."""
+    loads = {name: value for name, value in reading.loads.items() if name not in given}
+    if hardware.kind == "cpu" or {"load_in_4bit", "full_finetuning"} & set(given):
+        loads = {name: value for name, value in loads.items() if name == "max_seq_length"}
+    if loads.get("full_finetuning"):
+        loads["load_in_4bit"] = False
+    return config.replace(**loads)
 
 
 _CPU_SPLIT = (

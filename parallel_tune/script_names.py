@@ -55,9 +55,14 @@ class Names:
 
 
 def walk(node: ast.AST, conditions: Conditions = ()) -> Iterator[tuple[ast.AST, Conditions]]:
-    """Every node, with the conditions that it stands under."""
+    """Every node that may run, with the conditions that it stands under: notebooks keep examples under `if False`."""
     yield node, conditions
+    never = (
+        node.body if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value else []
+    )
     for child in ast.iter_child_nodes(node):
+        if child in never:
+            continue
         under = isinstance(node, ast.If | ast.IfExp) and child is not node.test
         yield from walk(child, (*conditions, node.test) if under else conditions)  # type: ignore[attr-defined]
 

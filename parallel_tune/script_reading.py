@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from parallel_tune.script_guard import shown, splits
@@ -41,6 +42,13 @@ REPLICATES = {"torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+SIZES = ("load_in_4bit", "full_finetuning", "max_seq_length")
+"""What loaders are told that decides how much memory a training takes, under the names of our own settings."""
+UNSLOTH_LOADERS = ("FastLanguageModel", "FastModel")
+
+
+STARTERS = re.compile(r"(python[\d.]*|torchrun|accelerate|deepspeed)(\.exe)?")
+"""Commands that start scripts, where a script's name is expected."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,13 @@ class Reading:
 
     Attributes:
         models: names written out where a model is loaded.
+        loads: how it is loaded, as far as that is written out, in one way only, and not off: SIZES by their names.
     """
 
     path: Path
     findings: tuple[Finding, ...]
     models: tuple[str, ...]
+    loads: Mapping[str, bool | int] = field(default_factory=dict)
 
     def split(self) -> Finding | None:
         """The first device_map that splits."""
@@ -83,12 +93,18 @@ def read_script(path: Path) -> Reading:
     Raises:
         ConfigError: it cannot be read, or is not Python.
     """
+    if path.suffix == ".ipynb":  # its JSON may well be Python
+        raise ConfigError(
+            f"{path} is a notebook, and a script is run",
+            f"`jupyter nbconvert --to script {shlex.quote(str(path))}` makes a script of it; lines of magic as %pip "
+            "must go.",
+        )
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the script {path}: {error.strerror}", "Give an existing Python file."
-        ) from error
+        command = STARTERS.fullmatch(path.name)
+        hint = f"Leave {path} away: the script is started for you." if command else "Give an existing Python file."
+        raise ConfigError(f"cannot read the script {path}: {error.strerror}", hint) from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else str(path)
@@ -96,15 +112,39 @@ def read_script(path: Path) -> Reading:
     names = Names(tree)
     findings: list[Finding] = []
     models: list[str] = []
+    loads: list[tuple[str, bool | int | None]] = []
     for node, conditions in walk(tree):
         if isinstance(node, ast.Call):
             function = names.dotted(node.func)
             findings += _launches(node, function, names)
             models += _models(node, function, names)
+            loads += _sizes(node, function, names)
         if not asks_for_processes(conditions):
             findings += _maps(node, names)
             findings += [found for found in _places(node, names) if not _looked_at(found.name, conditions)]
-    return Reading(path, tuple(sorted(findings, key=lambda finding: finding.line)), tuple(dict.fromkeys(models)))
+    once = {name: value for name in SIZES if (value := _only({said for other, said in loads if other == name}))}
+    ordered = tuple(sorted(findings, key=lambda finding: finding.line))
+    return Reading(path, ordered, tuple(dict.fromkeys(models)), once)
+
+
+def check_order(path: Path, arguments: Sequence[str], given: Collection[str]) -> None:
+    """Refuse what is meant for the launch and stands behind the script, which never heard of it.
+
+    Args:
+        arguments: the script's.
+        given: names of options before the script.
+
+    Raises:
+        ConfigError: the strategy or the hardware would have been passed over.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for word in arguments:
+        for name in ("strategy", "hardware"):
+            if word.partition("=")[0] == f"--{name}" and name not in text and name not in given:
+                raise ConfigError(
+                    f"--{name} stands behind {path} and so goes to the script, which does not mention it",
+                    f"Write it before the script: parallel-tune launch --{name} ... {path} ...",
+                )
 
 
 def check(reading: Reading, strategy: str, gpus: int = 0) -> None:
@@ -258,6 +298,31 @@ def _models(call: ast.Call, function: str, names: Names) -> Iterator[str]:
     for value in map(names.value, values):
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             yield value.value
+
+
+def _sizes(call: ast.Call, function: str, names: Names) -> Iterator[tuple[str, bool | int | None]]:
+    """What a call that loads a model says of SIZES; None for a value that is not written out.
+
+    Unsloth's loaders load in 4 bit where nothing else is said.
+    """
+    *_, owner, name = ("", *function.split("."))
+    given = {keyword.arg: names.value(keyword.value) for keyword in call.keywords}
+    if name == "from_pretrained" and owner in UNSLOTH_LOADERS:
+        other = any(str(word).startswith("load_in_") or word in (None, "full_finetuning") for word in given)
+        if "load_in_4bit" not in given and not other:
+            yield "load_in_4bit", True
+    elif name != "BitsAndBytesConfig":
+        return
+    for word in SIZES:
+        if word in given:
+            value = given[word]
+            yield word, value.value if isinstance(value, ast.Constant) and isinstance(value.value, int) else None
+
+
+def _only(said: set[bool | int | None]) -> bool | int | None:
+    """What was said, if it is one thing; a setting that is off or no number is as if nothing was said."""
+    one = said.pop() if len(said) == 1 else None
+    return one if one is not None and one > 0 else None
 
 
 def _texts(call: ast.Call, names: Names) -> Iterator[str]:

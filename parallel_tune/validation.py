@@ -21,6 +21,7 @@ NOT_NEGATIVE = (
     "save_steps", "eval_steps", "seed", "random_state", "stride", "early_stopping_threshold", "adam_beta1",
     "adam_beta2", "profile_steps",
 )  # fmt: skip
+NOT_BLANK = ("model", "output_dir", "save_path", "strategy")
 BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 COUNTS_OR_SHARES = ("warmup_steps", "eval_steps", "save_steps", "logging_steps")
 NEEDED_BY_SCHEDULE = {
@@ -53,6 +54,8 @@ def _check_ranges(config: TrainConfig) -> None:
         name, value, choices = item.name, getattr(config, item.name), item.metadata["choices"]
         if value is None:
             continue
+        if name in NOT_BLANK and not value.strip():  # an empty path would be the working directory
+            raise ConfigError(f"{name} = {value!r} names nothing", f"Give {name} a name, or leave it out.")
         if choices and value not in choices:
             raise ConfigError(f"{name} = {value!r} is not known", f"Choose from {', '.join(choices)}.")
         if name in POSITIVE and not value > 0:

@@ -258,7 +258,7 @@ def stopped(run: RunDir, step: int, steps: int, elsewhere: tuple[Path, RunFailed
     if elsewhere is None:
         return Stopped(
             f"{after}; checkpoint-{step} is on disk",
-            f"Go on with `parallel-tune resume {run.path}`.",
+            f"Go on with `parallel-tune resume {shlex.quote(str(run.path))}`.",
         )
     checkpoint, error = elsewhere
     return NotWritten(

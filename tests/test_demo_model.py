@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from parallel_tune import demo_model
 from parallel_tune.demo_model import MARKER, fetch_demo_model
@@ -62,6 +65,47 @@ def test_a_whole_folder_is_taken_as_it_is(tmp_path: Path, stand_in: list[Path]) 
         assert fetch_demo_model(tmp_path / "new" / "model") == tmp_path / "new" / "model"
     assert len(stand_in) == 1
     assert not stand_in[0].exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, stand_in: list[Path]) -> None:
+    """It ended in a traceback, as with a home that cannot be written."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"cannot write the demo model to {tmp_path}/file/model") as raised:
+        fetch_demo_model(tmp_path / "file" / "model")
+    assert "--model_dir" in raised.value.hint
+    assert not stand_in
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--hardware=2xT4-16GB"], 2, "the plan needs 2 GPUs and this machine has 0"),
+        (["--max_steps=0"], 2, "max_steps = 0 trains nothing"),
+        (["--strategy=dpd"], 2, "no strategy 'dpd'"),
+    ],
+)
+def test_a_demo_that_cannot_run_is_refused_as_a_run_is(
+    folder: Path, tmp_path: Path, options: list[str], code: int, said: str, environment: dict[str, str]
+) -> None:
+    """GPUs that are not there were taken for there, and 0 steps for 50."""
+    if "2xT4" in options[0] and torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    ended = subprocess.run(
+        [sys.executable, "-m", "parallel_tune", "demo", "--model_dir", str(folder), *options],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, said in ended.stderr) == (code, True), ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_under_a_launcher_is_refused(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Each of its processes trained by itself."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "parallel_tune", "demo", "--model_dir", str(folder), "--hardware=cpu:2"],
+        env=environment | ranks, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 4 and "the demo starts its processes itself" in ended.stderr
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "marker"])

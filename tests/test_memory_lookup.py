@@ -166,6 +166,16 @@ def test_a_path_is_not_asked_of_the_hub(name: str) -> None:
         load_model_facts(name, offline=False)
 
 
+@pytest.mark.parametrize(
+    "address", ["https://huggingface.co/unsloth/Qwen3-8B/tree/main", "huggingface.co/unsloth/Qwen3-8B"]
+)
+def test_the_name_in_an_address_of_the_hub_is_said(address: str) -> None:
+    """Qwen/Qwen3-4B was offered for it."""
+    with pytest.raises(ConfigError, match="is an address") as raised:
+        load_model_facts(address, offline=True)
+    assert raised.value.hint == "Give its name: --model unsloth/Qwen3-8B"
+
+
 class Hub(BaseHTTPRequestHandler):
     """Answers every request by its status alone, and counts those for a file."""
 
@@ -185,7 +195,13 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("status", "said"), [(503, "cannot be asked"), (404, "no such model"), (0, "cannot be asked")])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (503, "cannot be asked"), (404, "no such model"), (0, "cannot be asked"), (500, "it has a fault (500)"),
+        (401, "it takes no such token (401)"), (403, "may not read it (403)"), (429, "too many requests"),
+    ],
+)  # fmt: skip
 def test_a_hub_that_does_not_help_is_asked_once(status: int, said: str, tmp_path: Path) -> None:
     """Status 0: nobody listens."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answering", (Hub,), {"status": status, "asked": 0}))
@@ -202,3 +218,73 @@ def test_a_hub_that_does_not_help_is_asked_once(status: int, said: str, tmp_path
         server.server_close()
     assert "ConfigError" in done.stderr and said in done.stderr
     assert "Retry" not in done.stderr
+
+
+class Giving(BaseHTTPRequestHandler):
+    """Has a config.json of every model, and half of all weights."""
+
+    def do_HEAD(self) -> None:
+        name = self.path.rsplit("/", 1)[-1]
+        if name not in ("config.json", "model.safetensors"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = json.dumps(TINY).encode()
+        self.send_response(200)
+        for header, value in {"ETag": f'"{name}"', "X-Repo-Commit": "a" * 40}.items():
+            self.send_header(header, value)
+        self.send_header("Content-Length", str(len(content) if name == "config.json" else 2 * len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+LOAD = """
+import sys
+from types import SimpleNamespace
+from parallel_tune.config import make_config
+from parallel_tune.engines.transformers import TransformersEngine
+config = make_config({"model": "who/what", "dtype": "float32"})
+TransformersEngine().load(config, None, SimpleNamespace(device_map=lambda: None), "float32")
+"""
+ASK = "from parallel_tune.memory import load_model_facts; load_model_facts('who/what')"
+READ = "from parallel_tune.data.loading import load_rows; load_rows('who/rows')"
+
+
+@pytest.mark.parametrize(
+    ("code", "home", "said"),
+    [
+        (ASK, "/dev/null/home", "(the Hub cannot be asked: /dev/null/home/"),
+        (LOAD, "", "cannot load the model 'who/what' from the Hub: the download broke off"),
+    ],
+)
+def test_what_hinders_a_download_is_named(code: str, home: str, said: str, tmp_path: Path) -> None:
+    """transformers says of each that there may be a folder of the model's name."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Giving)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment["HF_HOME"] = home or str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert said in done.stderr.splitlines()[-2] + done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_dataset_that_the_hub_refuses_is_not_called_a_missing_network(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Refusing", (Hub,), {"status": 401}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment["HF_HOME"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", READ], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert "dataset 'who/rows' cannot be loaded from the Hub: it takes no such token (401)" in done.stderr
+    assert "hf auth login" in done.stderr

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.hub_answers import first_line, why_not
 from strategies.errors import ConfigError
 
 Row = dict[str, Any]
@@ -316,9 +317,11 @@ def _from_hub(dataset: str, split: str, subset: str | None) -> Sequence[Row]:
     try:
         rows: Sequence[Row] = datasets.load_dataset(dataset, subset, split=split)
     except Exception as error:  # whatever the Hub, the network or the dataset's files raise is about this name
-        first_line = (str(error).strip().splitlines() or [""])[0]
+        told = why_not(error)
+        if told is not None:
+            raise ConfigError(f"dataset {dataset!r} cannot be loaded from the Hub: {told[0]}", told[1]) from error
         raise ConfigError(
-            f"dataset {dataset!r} cannot be loaded: {type(error).__name__}: {first_line}",
+            f"dataset {dataset!r} cannot be loaded: {type(error).__name__}: {first_line(error)}",
             _near(Path(dataset)) or _hub_hint(error),
         ) from error
     return rows

@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel_tune.config import TrainConfig
 from parallel_tune.engines import target_modules
+from parallel_tune.hub_answers import why_not
 from strategies.base import Session
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -32,6 +33,9 @@ class TransformersEngine:
                 **options,
             )
         except OSError as error:
+            told = why_not(error)
+            if told is not None:  # transformers itself says the same of every error: that the name may be wrong
+                raise ConfigError(f"cannot load the model {config.model!r} from the Hub: {told[0]}", told[1]) from error
             raise ConfigError(
                 f"cannot load the model {config.model!r}: {error}",
                 "Give a Hub id that you may read, or a local folder.",

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from parallel_tune.hub_answers import why_not
 from parallel_tune.memory.facts import ModelFacts, facts_from_config
 from strategies.errors import ConfigError
 
@@ -61,6 +62,7 @@ def load_model_config(
         config, quantized = catalog_config(model)
         if config is not None:
             return {**config, **_quantization(quantized)}, f"the catalogue's {model}"
+    told = None
     hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) is not None
     offline = _offline() if offline is None else offline
     reason = "offline" if offline else "not a Hub name"
@@ -71,11 +73,18 @@ def load_model_config(
         except ConfigError:
             raise
         except Exception as error:  # requests, httpx and huggingface_hub each have a family of their own
-            reason = _HUB_ANSWERS.get(type(error).__name__, f"the Hub cannot be asked: {type(error).__name__}")
+            name = type(error).__name__
+            told = None if name in _HUB_ANSWERS else why_not(error)
+            reason = _HUB_ANSWERS.get(name, f"the Hub cannot be asked: {told[0] if told else name}")
+    address = re.search(r"huggingface\.co/(\w[\w.-]*/\w[\w.-]*)", model)
+    if address is not None:
+        raise ConfigError(f"{model!r} is an address, and a model is named", f"Give its name: --model {address[1]}")
     near = nearest_names(model)
     raise ConfigError(
         f"nothing is known of model {model!r}: looked at {', '.join(looked_at)} ({reason})",
-        (f"Did you mean {', '.join(near)}? Or give" if near else "Give")
+        told[1]
+        if told
+        else (f"Did you mean {', '.join(near)}? Or give" if near else "Give")
         + " a folder with a config.json, or go online once so that it is cached.",
     )
 

@@ -107,6 +107,20 @@ def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
     assert name in refused({name: value}).message
 
 
+def test_the_home_is_written_out_where_no_shell_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder named ~ was made in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = recipe(tmp_path, "output_dir: ~/runs/a\nsave_model: true\nsave_path: ~/it\n")
+    config = make_config(written)
+    assert (config.output_dir, config.save_path) == (f"{tmp_path}/runs/a", f"{tmp_path}/it")
+    printed = CliRunner().invoke(program, ["--config=~/recipe.yaml", "--output_dir=~/b", "--print_config"])
+    assert f"output_dir: {tmp_path}/b\n" in printed.output
+    for name in ("model", "dataset", "raw_text_file", "output_dir"):  # these ended in a traceback
+        assert "there is no such home" in refused({name: "~nobody-here/x"}).message
+    compared = CliRunner().invoke(program, ["compare", "~/a", "~/b"])
+    assert f"{tmp_path}/a is not a run directory" in str(compared.exception)
+
+
 def test_settings_that_exclude_each_other() -> None:
     assert "exclude each other" in refused({"full_finetuning": True, "load_in_4bit": True}).message
 

@@ -132,6 +132,18 @@ def test_gpus_that_are_not_there_are_a_problem(monkeypatch: pytest.MonkeyPatch) 
     assert "'3' is no GPU of this machine" in checks[0].said
 
 
+def test_caches_that_cannot_be_made_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were "not made yet", and a run could start."""
+    for name in ("XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, f"/dev/null/{name}")
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    own, models = doctor.caches()
+    assert (own.state, models.state) == ("warning", "warning")
+    assert "/dev/null cannot be written" in own.said and "XDG_CACHE_HOME" in own.hint
+    assert "/dev/null/HF_HOME/hub cannot be made" in models.said and "HF_HOME" in models.hint
+
+
 def test_sizes_follow_no_links(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "blob").write_bytes(b"x" * 1000)

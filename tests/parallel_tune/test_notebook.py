@@ -79,10 +79,10 @@ def run(code, interrupt_at=None):
 
 options = f"model={model!r}, dataset={data!r}, hardware='cpu:1', max_seq_length=64, global_batch_size=4"
 print(run("import os, parallel_tune, torch; torch.zeros(1); os.environ['ACCELERATE_MIXED_PRECISION'] = 'bf16'"))
-print("FIRST", run(f"parallel_tune.tune({options}, max_steps=100000, output_dir='first')", "step     3/"))
+print("FIRST", run(f"parallel_tune.tune({options}, max_steps=100000, output_dir='first run')", "step     3/"))
 print("HINT", run("import sys; type(sys.last_value).__mro__[1].__name__, sys.last_value.hint"))
 print("SECOND", run(f"run = parallel_tune.tune({options}, max_steps=2); run.report['steps'], len(run.metrics)"))
-print("THIRD", run(f"parallel_tune.tune({options}, output_dir='first')"))
+print("THIRD", run(f"parallel_tune.tune({options}, output_dir='first run')"))
 print("THREAD", run(
     "import threading\\nruns = []\\n"
     f"thread = threading.Thread(target=lambda: runs.append(parallel_tune.tune({options}, max_steps=1)))\\n"
@@ -105,8 +105,9 @@ def test_a_kernel_outlives_an_interrupted_run_and_starts_the_next(tmp_path: Path
     )
     assert "Stopped: stopped by a signal after step" in first
     hint = first.partition("HINT ")[2].partition("SECOND")[0]
-    assert "ParallelTuneError" in hint and "Go on with `parallel-tune resume" in hint
-    assert list((tmp_path / "first").glob("checkpoint-*"))
+    # A command to copy: the folder's name has a space.
+    assert "ParallelTuneError" in hint and f"Go on with `parallel-tune resume '{tmp_path}/first run'`" in hint
+    assert list((tmp_path / "first run").glob("checkpoint-*"))
     assert "(2, 2)" in second
     assert "ConfigError: " in third and "holds a run already" in third
     assert thread.rstrip().endswith("1")

@@ -172,6 +172,10 @@ def test_an_evaluation_pass_has_no_more_tokens_than_training() -> None:
         ({"strategy": "ddp", "pipeline": "on"}, "ddp puts a whole one"),
         ({"pipeline": "off", "lanes": 2}, "contradict"),
         ({"pipeline": "on", "lanes": 1}, "contradict"),
+        ({"model": ""}, "model = '' names nothing"),
+        ({"output_dir": ""}, "output_dir = '' names nothing"),
+        ({"save_path": " ", "save_model": True}, "save_path = ' ' names nothing"),
+        ({"strategy": ""}, "strategy = '' names nothing"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], said: str) -> None:

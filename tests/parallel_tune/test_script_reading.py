@@ -9,13 +9,15 @@ import pytest
 from parallel_tune.config import TrainConfig
 from parallel_tune.hardware import parse_hardware
 from parallel_tune.script_launch import choose
-from parallel_tune.script_reading import check, read_script
+from parallel_tune.script_reading import check, check_order, read_script
 from strategies.errors import ConfigError, NoStrategyFits, StrategiesCombined
 
 SPLITS = [
     'Model.from_pretrained("m", device_map="auto")',
     'options = {"device_map": "balanced"}',
     'options = dict(device_map="sequential")',
+    'FastLanguageModel.from_pretrained("m", device_map="unsloth_balanced")',
+    'FastLanguageModel.from_pretrained("m", device_map="unsloth")',
     'options["device_map"] = "balanced_low_0"',
     'load("m", device_map={"model.layers.0": 0, "model.layers.1": "cuda:1"})',
     'kwargs.setdefault("device_map", "auto")',
@@ -85,6 +87,32 @@ def test_a_split_is_refused_under_ddp_alone(tmp_path: Path, text: str) -> None:
         check(reading, "ddp")
     assert "--strategy model_parallel" in raised.value.hint
     check(reading, "model_parallel")
+
+
+def test_a_notebook_is_no_script(tmp_path: Path) -> None:
+    """Its JSON is Python, and the run ended in "name 'null' is not defined"."""
+    (tmp_path / "train.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4}')
+    with pytest.raises(ConfigError, match="is a notebook") as raised:
+        read_script(tmp_path / "train.ipynb")
+    assert "jupyter nbconvert --to script" in raised.value.hint
+
+
+@pytest.mark.parametrize("word", ["python", "python3.12", "torchrun", "accelerate"])
+def test_a_command_before_the_script_is_to_be_left_away(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot read the script {word}") as raised:
+        read_script(Path(word))
+    assert raised.value.hint == f"Leave {word} away: the script is started for you."
+
+
+@pytest.mark.parametrize("words", [["--strategy", "model_parallel"], ["data", "--hardware=cpu:2"]])
+def test_options_of_the_launch_behind_a_script_that_has_none_such_are_refused(tmp_path: Path, words: list[str]) -> None:
+    """The strategy was decided as if none had been named."""
+    path = script(tmp_path, "print('trains')")
+    with pytest.raises(ConfigError, match=r"stands behind .*train.py"):
+        check_order(path, words, {"model"})
+    check_order(path, words, {"strategy", "hardware"})
+    check_order(script(tmp_path, "parser.add_argument('--strategy')\nhardware = 1"), words, ())
+    check_order(path, ["--batch_size", "2"], ())
 
 
 @pytest.mark.parametrize("text", BY_NAME)
@@ -170,6 +198,50 @@ def test_a_process_group_is_refused_under_model_parallel_alone(tmp_path: Path) -
 )
 def test_the_model_is_read_where_it_is_written_out(tmp_path: Path, text: str) -> None:
     assert read_script(script(tmp_path, text)).models == ("org/m",)
+
+
+NOTEBOOK = """
+from unsloth import FastLanguageModel
+max_seq_length, dtype = 4096, None
+load_in_4bit = {}
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name = "meta-llama/Llama-3.1-8B-Instruct", max_seq_length = 1024, dtype = dtype, load_in_4bit = load_in_4bit)
+if False:
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name = "lora_model", load_in_4bit = False)
+"""
+
+
+def test_the_plan_counts_the_weights_as_the_script_loads_them(tmp_path: Path) -> None:
+    """A script that fits each of two T4s in 4 bit was split, for the size that it would have in 16."""
+    cards = parse_hardware("2xT4-16GB")
+    four, sixteen = (read_script(script(tmp_path, NOTEBOOK.format(said))) for said in ("True", "False"))
+    assert four.models == ("meta-llama/Llama-3.1-8B-Instruct",)
+    assert dict(four.loads) == {"load_in_4bit": True, "max_seq_length": 1024}
+    chosen = choose(TrainConfig(), None, four, cards)
+    assert (chosen.strategy, chosen.processes) == ("ddp", 2)
+    assert "on 4-bit weights and rows of 1024 tokens" in chosen.lines[-1]
+    assert choose(TrainConfig(), None, sixteen, cards).strategy == "model_parallel"
+    assert choose(TrainConfig(), None, four, cards, {"load_in_4bit"}).strategy == "model_parallel"
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ("FastLanguageModel.from_pretrained('m')", {"load_in_4bit": True}),
+        ("FastLanguageModel.from_pretrained('m', load_in_8bit=True)", {}),
+        ("FastModel.from_pretrained('m', **options)", {}),
+        ("FastModel.from_pretrained('m', full_finetuning=True)", {"full_finetuning": True}),
+        ("FastModel.from_pretrained('m', load_in_4bit=args.load_in_4bit)", {}),
+        ("FastModel.from_pretrained('m', max_seq_length=0, load_in_4bit=False)", {}),
+        ("q = BitsAndBytesConfig(load_in_4bit=True)\nAutoModel.from_pretrained('m', quantization_config=q)",
+         {"load_in_4bit": True}),
+        ("AutoModelForCausalLM.from_pretrained('m')", {}),
+    ],
+)  # fmt: skip
+def test_how_a_model_is_loaded_is_read_where_it_is_written_out(
+    tmp_path: Path, text: str, loads: dict[str, object]
+) -> None:
+    assert dict(read_script(script(tmp_path, text)).loads) == loads
 
 
 def test_what_is_not_python_is_said_with_its_line(tmp_path: Path) -> None:
