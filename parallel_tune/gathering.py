@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def choose_gathering(
     sizes: tuple[int, ...] = ()
     most_rows = 0
     if uncaptured_reason is None:
-        steps = config.max_steps if config.max_steps > 0 else round(config.num_train_epochs * batches.steps_per_epoch)
+        steps = config.max_steps if config.max_steps > 0 else ceil(config.num_train_epochs * batches.steps_per_epoch)
         sizes, most_rows = fixed_sizes(batches, [len(lengths) for lengths in rows.row_lengths], plan, steps)
         if not sizes:
             uncaptured_reason = f"{steps} steps are too few for recording to pay"

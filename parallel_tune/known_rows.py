@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import ceil
 from pathlib import Path
 
 import click
@@ -92,7 +93,7 @@ class KnownRows:
         product = (micro or DEFAULT_MICRO_BATCH) * (steps or DEFAULT_ACCUMULATION) * processes
         global_batch = config.global_batch_size or product
         batches = GlobalBatches(self.lengths, (), global_batch, config.seed, joined=True)
-        num_steps = -(-int(config.num_train_epochs * 1000) // 1000) * batches.steps_per_epoch
+        num_steps = ceil(config.num_train_epochs) * batches.steps_per_epoch
         if config.max_steps > 0:
             num_steps = config.max_steps
         if num_steps * global_batch > MOST_ROWS:

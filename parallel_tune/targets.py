@@ -53,7 +53,15 @@ def _check_experts(config: TrainConfig, facts: ModelFacts) -> None:
             f"target_modules names {halves[0]} without {missing}: the experts of {config.model} hold both as one",
             "Name both or neither.",
         )
-    if not any(any(adapted_experts(facts, layer, targets)) for layer in range(facts.num_layers)):
+    adapted = [adapted_experts(facts, layer, targets) for layer in range(facts.num_layers)]
+    if config.use_rslora and any(gates for gates, _ in adapted):
+        # Its two matrices for both have twice the rank and twice alpha, which alone would be right.
+        raise ConfigError(
+            f"use_rslora: peft scales the adapters on the first products of the experts of {config.model} by "
+            "1.41 * alpha / sqrt(r), not by alpha / sqrt(r)",
+            "Drop --use_rslora and give the --lora_alpha that scales alike, or name only attention's --target_modules.",
+        )
+    if not any(any(each) for each in adapted):
         return
     for name, given in (("use_dora", config.use_dora), ("lora_dropout", config.lora_dropout)):
         if given:

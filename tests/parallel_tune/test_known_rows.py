@@ -38,7 +38,7 @@ MODEL = "unsloth/Qwen3-8B"
     st.integers(1, 20),
     st.integers(1, 4),
     st.integers(1, 6),
-    st.sampled_from([{}, {"num_train_epochs": 2.5}, {"max_steps": 3}]),
+    st.sampled_from([{}, *({"num_train_epochs": epochs} for epochs in (2.5, 0.0005, 1.0005)), {"max_steps": 3}]),
 )
 def test_the_largest_micro_batch_is_that_of_the_run(
     lengths: list[int], global_batch: int, processes: int, micro_batch: int, how_long: dict[str, Any]

@@ -80,6 +80,7 @@ def test_dora_is_refused_where_peft_has_none() -> None:
     ("options", "said"),
     [
         ({"lora_dropout": 0.1}, "lora_dropout: peft has no dropout for the experts"),
+        ({"use_rslora": True}, "use_rslora: peft scales"),
         ({"target_modules": "q_proj,gate_proj"}, "names gate_proj without up_proj"),
     ],
 )
@@ -87,7 +88,7 @@ def test_what_peft_does_not_do_with_experts_is_refused(options: dict[str, Any], 
     model = {"model": "Qwen/Qwen3-30B-A3B", "hardware": "8xH100-80GB"}
     with pytest.raises(ConfigError, match=said):
         parallel_tune.plan(**model, **options)
-    assert parallel_tune.plan(**model, lora_dropout=0.1, target_modules="q_proj,v_proj")
+    assert parallel_tune.plan(**model, lora_dropout=0.1, use_rslora=True, target_modules="q_proj,v_proj")
 
 
 def test_evaluation_takes_as_many_rows_at_once_as_it_is_told() -> None:
