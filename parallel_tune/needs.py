@@ -8,14 +8,14 @@ import click
 
 from parallel_tune import export_after, trackers
 from parallel_tune.config import TrainConfig
-from parallel_tune.data.loading import read_text
+from parallel_tune.data.loading import local_files, read_text
 from parallel_tune.engines import installed
 from parallel_tune.unneeded import needs_bitsandbytes
 from strategies.errors import ConfigError
 
 
 def check_needs(config: TrainConfig, run: Path | None = None) -> None:
-    """Refuse what would fail hours later: packages, programs and rights that the settings need and that are not there.
+    """Refuse what would fail later: packages, programs, rights and data that the settings need and that are not there.
 
     Where there is a choice of them, say which it will be.
 
@@ -32,6 +32,9 @@ def check_needs(config: TrainConfig, run: Path | None = None) -> None:
         )
     if config.raw_text is not None and not Path(config.raw_text).expanduser().is_file():
         read_text(config.raw_text)  # says why
+    if config.raw_text is None:
+        # Processes read it when they have loaded the model.
+        local_files(config.dataset, config.dataset_split, config.dataset_config)
     said = export_after.check_ahead(config, run)
     if said:
         click.echo(said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,32 @@ def test_a_configuration_of_files_that_are_here_is_refused(tmp_path: Path) -> No
         for read in (load_named_rows, lambda config: encoded_rows(config, None)):
             with pytest.raises(ConfigError, match="dataset_config = 'fine' is about a dataset on the Hub"):
                 read(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--dataset=nowhere.jsonl",), "'nowhere.jsonl' is not there"),
+        (("--dataset=here.jsonl", "--dataset_split=test"), "has no split 'test'"),
+        (("--dataset=here.jsonl", "--dataset_config=fine"), "dataset_config = 'fine'"),
+    ],
+)
+def test_data_that_are_not_there_are_missed_before_a_model_is_loaded(
+    options: tuple[str, ...], said: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no other plan could come of its rows, a run reads them in its processes, beside the loaded model."""
+    from click.testing import CliRunner
+
+    from parallel_tune.cli import program
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    fixed = ("--per_device_train_batch_size=1", "--gradient_accumulation_steps=1", "--hardware=cpu:1")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        CliRunner().invoke(
+            program, ["train", f"--model={small_model}", "--output_dir=run", *fixed, *options], catch_exceptions=False
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_waits_gives_up_after_ddp_timeout(environment: dict[str, str]) -> None:
