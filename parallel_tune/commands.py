@@ -129,6 +129,8 @@ def resume(path: Path, hub_token: str | None = None) -> None:
             export_after.export_result(run, hub_token, is_locked=True)
             return
         last = _last_checkpoint(run)
+        for name in checkpoint.remove_unfinished(run.path):
+            click.echo(f"{name} was never completed, and is removed", err=True)
     check_needs(config.replace(hub_token=hub_token), run.path)
     click.echo(f"resuming from {last.name}")
     start(made, run, last, hub_token)
