@@ -20,7 +20,16 @@ from parallel_tune.rundir import write_atomically
 from strategies.errors import ConfigError, RunFailed
 
 MARK = "complete.json"
+UNFINISHED = "unfinished"
+"""A file in a checkpoint that is being written, or deleted: without its mark it is ours to remove."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def begin(checkpoint: Path) -> None:
+    """Make the folder of a checkpoint that is about to be written."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / UNFINISHED).touch()
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -33,10 +42,12 @@ def mark_complete(checkpoint: Path) -> None:
     checksums: dict[str, int] = {}
     flush_to_disk(checkpoint)
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MARK:
+        if path.is_file() and path.name not in (MARK, UNFINISHED):
             sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
             checksums[str(path.relative_to(checkpoint))] = checksum(path)
     write_atomically(checkpoint / MARK, json.dumps({"bytes": sizes, "crc32": checksums}, indent=1))
+    with contextlib.suppress(OSError):
+        (checkpoint / UNFINISHED).unlink()
 
 
 @contextlib.contextmanager
@@ -151,6 +162,19 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def remove_unfinished(run: Path) -> list[str]:
+    """Remove what processes left that were killed while they wrote or deleted a checkpoint; returns the names.
+
+    What does not say that it is unfinished is not touched, marked or not.
+    """
+    removed = []
+    for path in sorted(run.glob("checkpoint-*")):
+        if _NAME.fullmatch(path.name) and (path / UNFINISHED).exists() and not (path / MARK).exists():
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path.name)
+    return removed
+
+
 def rotate(run: Path, keep: int | None, best: Path | None = None, newest: Path | None = None) -> None:
     """Delete the oldest complete checkpoints so that `keep` are left; anything else is not touched.
 
@@ -168,6 +192,9 @@ def rotate(run: Path, keep: int | None, best: Path | None = None, newest: Path |
     old = [path for path in complete[:-1] if best is None or path.resolve() != best.resolve()]
     for path in old[: max(0, len(complete) - keep)]:
         try:
+            with contextlib.suppress(OSError):  # a full disk is a reason to go on
+                begin(path)
+            (path / MARK).unlink()
             shutil.rmtree(path)
         except OSError as error:
             # Without its mark it is no checkpoint any more; training is worth more than the space.

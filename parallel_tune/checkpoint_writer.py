@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from parallel_tune.checkpoint import mark_complete, rotate, weight_bytes, written
+from parallel_tune.checkpoint import begin, mark_complete, rotate, weight_bytes, written
 from parallel_tune.rescue import agreed, write_somewhere
 from strategies.base import Session
 from strategies.errors import RunFailed
@@ -78,7 +78,11 @@ class CheckpointWriter:
             # A torn one of this step may lie there; its mark must not vouch for a new one half written.
             shutil.rmtree(checkpoint, ignore_errors=True)
         self._session.barrier()
-        error = agreed(written(checkpoint, lambda: write_parts(folder)), self._session)
+        # By itself: the ranks meet in a barrier amid their parts, and none may stay away.
+        begun = written(checkpoint, lambda: begin(checkpoint)) if self._session.is_main else None
+        error = agreed(begun, self._session)
+        if error is None:
+            error = agreed(written(checkpoint, lambda: write_parts(folder)), self._session)
         if error is None:
             marked = written(checkpoint, lambda: mark_complete(checkpoint)) if self._session.is_main else None
             error = agreed(marked, self._session)

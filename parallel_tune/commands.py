@@ -138,6 +138,8 @@ def resume(
             export_after.export_result(run, hub_token, is_locked=True)
             return
         last = _last_checkpoint(run)
+        for name in checkpoint.remove_unfinished(run.path):
+            click.echo(f"{name} was never completed, and is removed", err=True)
         check_needs(config.replace(hub_token=hub_token), run.path)
         if changes is None:
             replan.check_still_here(made, path)

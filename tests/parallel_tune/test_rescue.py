@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shlex
@@ -18,7 +19,7 @@ from transformers import TrainerState
 
 from parallel_tune import rescue
 from parallel_tune.callbacks import MetricsWriter
-from parallel_tune.checkpoint import mark_complete
+from parallel_tune.checkpoint import mark_complete, remove_unfinished
 from parallel_tune.checkpoint_writer import CheckpointWriter
 from parallel_tune.rescue import NotWritten, write_somewhere
 from parallel_tune.rundir import RunDir, read_metrics
@@ -126,6 +127,28 @@ def test_an_evaluation_whose_checkpoint_is_missing_is_not_the_best(tmp_path: Pat
     assert (state.best_metric, state.best_global_step, state.best_model_checkpoint) == (2.0, 2, "checkpoint-2")
 
 
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    """Only that: another's folder of such a name has no mark either."""
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mark_complete(tmp_path / "checkpoint-2")
+
+    def write(folder: Path) -> None:
+        (folder / "checkpoint-4" / "weights").write_bytes(b"torn")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        CheckpointWriter(Alone(), None, lambda: False).save(  # type: ignore[arg-type]
+            TrainerState(global_step=4), tmp_path, write, [], best_stays=False
+        )
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path / "checkpoint-4" / "weights").exists()
+    assert remove_unfinished(tmp_path) == ["checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_one_just_written_does_not_go_before_a_damaged_one_of_a_later_step(tmp_path: Path) -> None:
     """The run went on from its best checkpoint, since the last one was damaged, and was stopped before that step."""
     run = tmp_path / "run"
@@ -136,7 +159,6 @@ def test_one_just_written_does_not_go_before_a_damaged_one_of_a_later_step(tmp_p
     state = TrainerState(global_step=5, best_global_step=2, best_model_checkpoint=str(run / "checkpoint-2"))
 
     def write(folder: Path) -> None:
-        (folder / "checkpoint-5").mkdir()
         (folder / "checkpoint-5" / "weights").write_bytes(b"trained")
 
     writer.save(state, run, write, [], best_stays=True)
