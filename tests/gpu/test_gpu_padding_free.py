@@ -29,7 +29,7 @@ def test_gradients_of_joined_rows_are_those_of_padded_rows(engine: str, family: 
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")}
     command = [sys.executable, str(script), engine, family, str(tmp_path / "model")]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     said = json.loads(done.stdout.splitlines()[-1])
@@ -59,7 +59,7 @@ def test_whole_runs_agree(engine: str, shape: Callable[[str], Path], tmp_path: P
             f"--padding_free={padding_free}", "--report_to=none",
         ]  # fmt: skip
         done = subprocess.run(
-            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False, timeout=300
+            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False, timeout=600
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert json.loads((run / "report.json").read_text())["padding_free"] == (padding_free == "on")
