@@ -182,6 +182,15 @@ class StopAtSignal(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        return self._stop_if_asked(state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Evaluations may take long: a signal amid one does not wait for a further step."""
+        return self._stop_if_asked(state, control) if state.global_step else control
+
+    def _stop_if_asked(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
         if self._session.any(self._asked) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = True

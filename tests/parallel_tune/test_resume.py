@@ -241,6 +241,20 @@ def test_a_stop_is_no_end_of_an_epoch_and_the_evaluation_at_one_is_kept(
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, *evaluations]
 
 
+@pytest.mark.parametrize("every", ["--eval_steps=3", "--eval_strategy=epoch"])
+def test_a_signal_amid_an_evaluation_waits_for_no_further_step(
+    every: str, tune: Any, noting: dict[str, str], alive: Alive, tmp_path: Path
+) -> None:
+    step = 3 if "steps" in every else 5
+    split = ("--strategy=noted_split", "--hardware=cpu:2", every)
+    command = tune.start(*split, env=noting | {"FAULT": f"hold_evaluation:0:{step * SPLIT_PASSES}"})
+    stopped = stop_in_order(command, tmp_path, alive, signal.SIGTERM, left=[f"checkpoint-{step}"])
+    assert stopped.code == 75, stopped.err
+    assert f"after step {step} of 10; checkpoint-{step} is on disk" in stopped.err
+    state = json.loads((stopped.run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [step]
+
+
 def test_steps_that_were_trained_again_count_once(tmp_path: Path) -> None:
     """A row comes every five steps and at a stop; the checkpoint of the stop was passed over."""
     from parallel_tune.callbacks import MetricsWriter

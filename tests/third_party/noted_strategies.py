@@ -2,7 +2,8 @@
 
 Each rank leaves `rank-K.json` in the folder NOTES: the rows of each forward pass in training, a digest of the trained
 weights, and the crossings of each boundary. FAULT=ACTION:RANK:PASS makes a rank raise, kill itself, or hold (until the
-file `go` is there) just before that training pass, counted from 1; or linger for ever after all its work is done.
+file `go` is there) just before that training pass, counted from 1; hold_evaluation once, in the first evaluation after
+that pass; or linger for ever after all its work is done.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class Notes:
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if model.training:
             self.passes.append(rows_of(kwargs))
-            self._fault()
+        self._fault(model.training)
 
-    def _fault(self) -> None:
+    def _fault(self, training: bool) -> None:
         action, rank, number = os.environ.get("FAULT", ":-1:0").split(":")
-        if (int(rank), int(number)) != (self.rank, len(self.passes)):
+        if (int(rank), int(number)) != (self.rank, len(self.passes)) or training == (action == "hold_evaluation"):
             return
         if action == "raise":
             raise ArithmeticError("the third party's fault")
