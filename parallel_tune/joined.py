@@ -26,9 +26,6 @@ from parallel_tune.reporting.run_page import try_to_write_page
 from strategies.contracts import Hardware, Plan
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, RunFailed
 
-_HELD = contextlib.ExitStack()
-"""What rank 0 holds until its process is gone."""
-
 
 def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     """Join the launcher's processes, train, and end this one with the run's code."""
@@ -46,20 +43,25 @@ def train_as_rank(config: TrainConfig, launch: Launch) -> NoReturn:
     use = look_before(os.environ)  # joining takes a context on the card
     cuda = hardware.kind == "cuda" and torch.cuda.is_available()
     join_processes(cuda, launch.local_rank, config.ddp_timeout)
-    decision: list[dict[str, Any]] = [_decide(config, launch) if launch.rank == 0 else {}]
+    held = contextlib.ExitStack()  # until this process is gone, which leaves without unwinding
+    decision: list[dict[str, Any]] = [_decide(config, launch, held) if launch.rank == 0 else {}]
     dist.broadcast_object_list(decision, src=0, device=torch.device("cpu"))
     if "code" in decision[0]:
         leave(int(decision[0]["code"]))
     _obey(rundir.RunDir(decision[0]["run"]), launch.rank, config.hub_token, use)
 
 
-def _decide(config: TrainConfig, launch: Launch) -> dict[str, Any]:
-    """Plan for exactly the processes that are there; what went wrong travels to the others as an exit code."""
+def _decide(config: TrainConfig, launch: Launch, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Plan for exactly the processes that are there; what went wrong travels to the others as an exit code.
+
+    Args:
+        held: takes the lock of the run directory.
+    """
     try:
         check_needs(config)
         plan = plan_for(config, launch.world_size, launch.launcher)
         run = rundir.create(config, plan)
-        _HELD.enter_context(alone(run))
+        held.enter_context(alone(run))
     except ParallelTuneError as error:
         click.echo(f"parallel-tune: {error}", err=True)
         return {"code": error.exit_code}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -132,7 +133,8 @@ def test_an_error_of_the_rank_that_plans_reaches_the_others(
     monkeypatch.setattr(joined, "plan_for", fails)
     launch = find_launch(TWO_RANKS)
     assert launch is not None
-    assert joined._decide(make_config({"dataset": "rows.jsonl"}), launch) == {"code": 1}
+    config = make_config({"dataset": "rows.jsonl"})
+    assert joined._decide(config, launch, contextlib.ExitStack()) == {"code": 1}
     assert "ArithmeticError: a third party's fault" in capsys.readouterr().err
 
 
