@@ -123,7 +123,7 @@ def test_a_resume_by_several_processes_is_refused(tune: Any, split_run: Any) -> 
 
 
 def test_an_error_of_the_rank_that_plans_reaches_the_others(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They wait for its word, and it for its group's threads when it ends in the ordinary way."""
 
@@ -133,7 +133,7 @@ def test_an_error_of_the_rank_that_plans_reaches_the_others(
     monkeypatch.setattr(joined, "plan_for", fails)
     launch = find_launch(TWO_RANKS)
     assert launch is not None
-    config = make_config({"dataset": "rows.jsonl"})
+    config = make_config({"dataset": str(rows_file)})
     assert joined._decide(config, launch, contextlib.ExitStack()) == {"code": 1}
     assert "ArithmeticError: a third party's fault" in capsys.readouterr().err
 
