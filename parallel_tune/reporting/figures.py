@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,17 @@ class RunFigures:
     @property
     def name(self) -> str:
         return self.config.run_name or self.path.name
+
+    @property
+    def earlier_plans(self) -> list[tuple[int, Plan]]:
+        """Plans that the run had before it was planned anew, each with the last step that it holds for."""
+        found = []
+        for path in self.path.glob("plan-to-step-*.json"):
+            # An old plan is no reason to show nothing.
+            with contextlib.suppress(OSError, ValueError, ConfigError):
+                step = int(path.stem.removeprefix("plan-to-step-"))
+                found.append((step, Plan.from_json(path.read_text(encoding="utf-8"))))
+        return sorted(found, key=lambda one: one[0])
 
     @property
     def totals(self) -> Totals:

@@ -57,6 +57,7 @@ def render(run: RunFigures) -> str:
         f"{run.name}: {model}",
         tag("h1", model),
         tag("p", headline(run.plan), f" · {run.kind} · {run.config.data_source}", class_="muted"),
+        *(tag("p", f"until step {step}: {headline(plan)}", class_="muted") for step, plan in run.earlier_plans),
         ended if run.ended != "finished" else "",
         _facts(run),
         tag("h2", "Training"),

@@ -63,6 +63,7 @@ def test_replicas_go_on_otherwise(
     assert json.loads((run / "plan-to-step-8.json").read_text())["processes"] == 2
     config, plan = RunDir(run).read()
     assert (plan.strategy, plan.processes, config.global_batch_size) == (strategy, processes, 12)
+    assert "until step 8: ddp with transformers: 2 processes" in (run / "report.html").read_text()
 
 
 def test_a_split_goes_on_as_replicas(tune: Any, split_run: Any, tmp_path: Path) -> None:
