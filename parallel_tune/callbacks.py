@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from parallel_tune.launch import stop_signals
 from parallel_tune.rundir import RunDir, read_metrics
 from parallel_tune.sampler import GlobalBatches
 from parallel_tune.startup import Startup
+from parallel_tune.watcher import stop_signals
 from strategies.base import Session
 from strategies.errors import RunFailed
 

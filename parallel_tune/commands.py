@@ -17,12 +17,13 @@ from parallel_tune.alone import alone
 from parallel_tune.config import TrainConfig, make_config, read_yaml
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.display import open_display, summary
-from parallel_tune.launch import Watcher, launch_spec
+from parallel_tune.launch import launch_spec
 from parallel_tune.needs import check_needs
 from parallel_tune.plan_view import render_plan
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.run_page import try_to_write_page
 from parallel_tune.startup import clocks, process_began
+from parallel_tune.watcher import Watcher
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 

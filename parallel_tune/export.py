@@ -17,12 +17,13 @@ import click
 from parallel_tune import outcome
 from parallel_tune.config import TrainConfig
 from parallel_tune.gguf_means import choose
-from parallel_tune.launch import failure_of, without_launcher
+from parallel_tune.launch import without_launcher
 from parallel_tune.model_card import model_card
 from parallel_tune.nvml import probe_gpus
 from parallel_tune.process import die_with_parent
 from parallel_tune.report import read as read_report
 from parallel_tune.rundir import RunDir
+from parallel_tune.watcher import failure_of
 from strategies.errors import ConfigError, RunFailed
 
 METHODS = ("lora", "merged_16bit", "merged_4bit", "gguf")

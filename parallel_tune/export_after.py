@@ -15,8 +15,8 @@ from parallel_tune.config import TrainConfig
 from parallel_tune.decision import find_hardware
 from parallel_tune.engines import choose_engine
 from parallel_tune.export import Export, check_means, export_run
-from parallel_tune.launch import stop_signals
 from parallel_tune.rundir import RunDir
+from parallel_tune.watcher import stop_signals
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, Stopped
 
 

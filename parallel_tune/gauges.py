@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 
 from parallel_tune.hardware import probe_details
-from parallel_tune.launch import pid_file
 from parallel_tune.nvml import used_bytes
 from parallel_tune.rundir import RunDir
 from strategies.contracts import Plan
@@ -68,7 +67,7 @@ def cpu_gauge(plan: Plan, run: RunDir) -> Gauge:
 
     def read(rank: int) -> Reading | None:
         try:
-            process = processes.get(rank) or psutil.Process(int(pid_file(run, rank).read_text()))
+            process = processes.get(rank) or psutil.Process(int(run.process_id(rank).read_text()))
             processes[rank] = process
             return Reading(process.memory_info().rss, min(1.0, process.cpu_percent() / 100 / cores))
         except (OSError, ValueError, psutil.Error):

@@ -36,7 +36,7 @@ def die_with_parent(watcher_pid: int | None = None) -> None:
 
 
 def begin_watched() -> None:
-    """The first thing that a process does which `launch.Watcher` starts, before it becomes the worker or torchrun.
+    """The first thing that a process does which `watcher.Watcher` starts, before it becomes the worker or torchrun.
 
     SIGTERM waits until a worker takes it. torchrun never does: where all processes are sent one, as by `systemctl stop`
     or `scancel`, it would kill a worker half a minute later, in the step or checkpoint that the run is to end with.

@@ -15,7 +15,7 @@ import yaml
 
 from parallel_tune.config import TrainConfig, make_config
 from parallel_tune.outcome import Outcome as Outcome
-from parallel_tune.outcome import load, log_file, outcome_file, save
+from parallel_tune.outcome import load, log_file, outcome_file, process_id_file, save
 from parallel_tune.outcome import write_atomically as write_atomically
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
@@ -76,6 +76,10 @@ class RunDir:
 
     def outcome(self, rank: int) -> Path:
         return outcome_file(self.logs, rank)
+
+    def process_id(self, rank: int) -> Path:
+        """Where a worker writes its process id."""
+        return process_id_file(self.logs, rank)
 
     def read(self) -> tuple[TrainConfig, Plan]:
         """The settings and the plan that the run obeys.

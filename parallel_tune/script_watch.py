@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
-from parallel_tune.launch import Watcher
 from parallel_tune.rundir import Outcome
+from parallel_tune.watcher import Watcher
 from strategies.errors import RunFailed
 
 

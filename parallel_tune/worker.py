@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from parallel_tune.device_use import CardUse, look_before
-from parallel_tune.launch import pid_file
 from parallel_tune.process import WATCHER, die_with_parent, importing, leave, redirect_output, take_sigterm
 from parallel_tune.rescue import NotWritten, agreed, write_somewhere
 from parallel_tune.rundir import Outcome, RunDir, write_atomically, write_outcome
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> NoReturn:
     rank = int(os.environ.get("RANK", "0"))
     redirect_output(run.log(rank))
     end_at_signal(run, rank)
-    write_atomically(pid_file(run, rank), str(os.getpid()))
+    write_atomically(run.process_id(rank), str(os.getpid()))
     run_to_its_end(run, rank, checkpoint)
 
 

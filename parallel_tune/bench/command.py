@@ -26,7 +26,6 @@ from parallel_tune.bench.work import Work, lay_out
 from parallel_tune.config import TrainConfig
 from parallel_tune.data.loading import local_files
 from parallel_tune.decision import find_hardware
-from parallel_tune.launch import stop_signals
 from parallel_tune.memory.facts import ModelFacts
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.needs import check_needs
@@ -34,6 +33,7 @@ from parallel_tune.plan_view import headline
 from parallel_tune.report import versions
 from parallel_tune.reporting.pictures import have_matplotlib
 from parallel_tune.rundir import new_folder, write_atomically
+from parallel_tune.watcher import stop_signals
 from strategies.contracts import Hardware
 from strategies.errors import ConfigError, NoStrategyFits, ParallelTuneError, RunFailed, StrategiesCombined
 

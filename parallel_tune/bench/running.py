@@ -14,11 +14,12 @@ import psutil
 from parallel_tune import rundir
 from parallel_tune.bench.arms import Arm
 from parallel_tune.gauges import Gauge, open_gauge
-from parallel_tune.launch import Watcher, launch_spec
+from parallel_tune.launch import launch_spec
 from parallel_tune.progress import MetricsFollower
 from parallel_tune.report import read as read_report
 from parallel_tune.reporting.figures import read_timeline
 from parallel_tune.startup import clocks
+from parallel_tune.watcher import Watcher
 from strategies.errors import ParallelTuneError, RunFailed
 
 SECONDS_BETWEEN_READINGS = 0.25

@@ -22,8 +22,9 @@ import parallel_tune
 from parallel_tune.data.formats import detect_format, read_row
 from parallel_tune.data.loading import load_rows
 from parallel_tune.in_memory import dataset_path
-from parallel_tune.launch import LaunchSpec, Watcher
+from parallel_tune.launch import LaunchSpec
 from parallel_tune.rundir import RunDir
+from parallel_tune.watcher import Watcher
 from strategies.errors import ConfigError, ParallelTuneError, RunFailed, StrategiesCombined
 
 

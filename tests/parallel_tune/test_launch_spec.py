@@ -14,13 +14,14 @@ import pytest
 from parallel_tune.allocator import VARIABLES, segments_grow
 from parallel_tune.config import make_config
 from parallel_tune.hardware import parse_hardware
-from parallel_tune.launch import Watcher, has_ended, launch_spec
+from parallel_tune.launch import launch_spec
 from parallel_tune.memory.lookup import load_model_facts
 from parallel_tune.planning import make_plan
 from parallel_tune.process import die_with_parent
 from parallel_tune.progress import MetricsFollower
 from parallel_tune.rundir import Outcome, RunDir, create, read_metrics, read_outcome, write_outcome
 from parallel_tune.silent_end import log_size, why_silent
+from parallel_tune.watcher import Watcher, has_ended
 from strategies.contracts import Plan
 from strategies.errors import ConfigError
 from strategies.registry import load_registry

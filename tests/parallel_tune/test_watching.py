@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from started_commands import finding_processes
 
-from parallel_tune import launch
-from parallel_tune.launch import LaunchSpec, Watcher
+from parallel_tune import watcher
+from parallel_tune.launch import LaunchSpec
 from parallel_tune.rundir import RunDir
+from parallel_tune.watcher import Watcher
 from strategies.errors import RunFailed, Stopped
 
 WORKER = """
@@ -49,7 +50,7 @@ def test_an_interruption_amid_the_start_leaves_nothing_running(
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(0.5)
 
-    monkeypatch.setattr(launch, "begin_watched", interrupt)
+    monkeypatch.setattr(watcher, "begin_watched", interrupt)
     with finding_processes() as alive:
         with pytest.raises(BaseException) as caught:  # a KeyboardInterrupt would end all tests
             Watcher(1, RunDir(tmp_path), spec, lambda: None).run()

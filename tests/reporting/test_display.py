@@ -15,7 +15,6 @@ from rich.console import Console
 from parallel_tune import display as displays
 from parallel_tune.display import Display, PlainLines, format_row, open_display, status_lines
 from parallel_tune.gauges import Reading, nvml_gauge, open_gauge
-from parallel_tune.launch import pid_file
 from parallel_tune.live import LivePanel, spark
 from parallel_tune.progress import MetricsFollower, Progress
 from parallel_tune.rundir import RunDir
@@ -173,7 +172,7 @@ def test_workers_of_a_cpu_run_are_read(run_maker: Callable[..., RunDir], make_pl
     run = run_maker("a run", plan, 3)
     gauge = open_gauge(plan, run, {})
     assert gauge() == [None, None]
-    pid_file(run, 0).write_text(str(os.getpid()))
+    run.process_id(0).write_text(str(os.getpid()))
     first, second = gauge()
     assert first is not None and first.used_bytes > 10 * 2**20 and 0 <= first.busy_share <= 1
     assert second is None
