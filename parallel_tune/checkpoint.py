@@ -21,7 +21,7 @@ from strategies.errors import ConfigError, RunFailed
 
 MARK = "complete.json"
 UNFINISHED = "unfinished"
-"""A file in a checkpoint that is being written, or deleted: without its mark it is ours to remove."""
+"""A file in a checkpoint that is being written, or deleted: unless it is complete, it is ours to remove."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -165,11 +165,11 @@ def step_of(checkpoint: Path) -> int:
 def remove_unfinished(run: Path) -> list[str]:
     """Remove what processes left that were killed while they wrote or deleted a checkpoint; returns the names.
 
-    What does not say that it is unfinished is not touched, marked or not.
+    What does not say that it is unfinished is not touched, nor is what is complete all the same.
     """
     removed = []
     for path in sorted(run.glob("checkpoint-*")):
-        if _NAME.fullmatch(path.name) and (path / UNFINISHED).exists() and not (path / MARK).exists():
+        if _NAME.fullmatch(path.name) and (path / UNFINISHED).exists() and not is_complete(path):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path.name)
     return removed
@@ -194,7 +194,6 @@ def rotate(run: Path, keep: int | None, best: Path | None = None, newest: Path |
         try:
             with contextlib.suppress(OSError):  # a full disk is a reason to go on
                 begin(path)
-            (path / MARK).unlink()
             shutil.rmtree(path)
         except OSError as error:
             # Without its mark it is no checkpoint any more; training is worth more than the space.

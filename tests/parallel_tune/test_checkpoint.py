@@ -8,10 +8,12 @@ import pytest
 
 from parallel_tune.checkpoint import (
     MARK,
+    begin,
     complete_checkpoints,
     damaged_file,
     is_complete,
     mark_complete,
+    remove_unfinished,
     require_room,
     rotate,
     whole_or_none,
@@ -113,6 +115,17 @@ def test_one_that_cannot_be_deleted_does_not_end_the_run(tmp_path: Path, monkeyp
     monkeypatch.setattr("parallel_tune.checkpoint.shutil.rmtree", busy)
     rotate(tmp_path, 1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+
+
+def test_what_a_killed_deletion_left_is_removed_and_nothing_that_is_complete(tmp_path: Path) -> None:
+    """Files go in the order of the directory, so the mark may still be there."""
+    for step in (3, 20, 100):
+        make(tmp_path, step)
+    for step in (3, 20):
+        begin(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-3" / "weights").unlink()
+    assert remove_unfinished(tmp_path) == ["checkpoint-3"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
 
 
 def test_what_was_not_written_whole_is_removed(tmp_path: Path) -> None:
