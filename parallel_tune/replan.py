@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel_tune import planning, refusal
+from parallel_tune import planning
 from parallel_tune.config import TrainConfig
 from parallel_tune.decision import check_present, decide, find_hardware
 from parallel_tune.hardware import probe
@@ -48,10 +48,11 @@ def replan(config: TrainConfig, plan: Plan, changes: Changes) -> tuple[TrainConf
     Raises:
         ConfigError: a setting and the devices contradict each other, or the devices are not there.
         NoStrategyFits: nothing fits them, or not the strategy that was named.
-        StrategiesCombined: ddp together with a setting that splits.
     """
     on_cpu = plan.devices[0].kind == "cpu"
-    strategy = changes.strategy or config.strategy
+    # A map or a number of stages is dropped with the layout, and that it asked for a split is not.
+    asks_to_split = config.device_map is not None or config.stages is not None
+    strategy = changes.strategy or ("model_parallel" if asks_to_split else config.strategy)
     settings: dict[str, object] = {
         **LAYOUT,
         "global_batch_size": plan.global_batch,
@@ -67,7 +68,6 @@ def replan(config: TrainConfig, plan: Plan, changes: Changes) -> tuple[TrainConf
     if strategy == "ddp" and config.pipeline == "on":
         settings["pipeline"] = "auto"
     changed = config.replace(**settings)
-    refusal.check_settings(changed.strategy, changed.device_map)
     hardware = find_hardware(changed)
     made, lines = decide(changed, hardware, "missing", with_data=True)
     planning.require_fit(made, changed.strategy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,15 @@ class Ended:
 def ended_well(run: Path) -> Ended:
     """How a run that trained in turn with others ended; what it gives as output is the summary alone."""
     return Ended(0, summary(read_report(run / "report.json"), run), "", run)
+
+
+def unfinished_copy(run: Path, to: Path) -> Path:
+    """The run as it would be, had it been killed before its result was written."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "adapter")
+    for left in [to / "report.json", *to.rglob("*outcome*")]:
+        left.unlink()
+    return to
 
 
 class Command:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from started_commands import unfinished_copy
 
 import parallel_tune
 from parallel_tune import replan
@@ -21,11 +22,7 @@ from strategies.errors import ConfigError
 
 def cut_at_8(run: Path, to: Path) -> Path:
     """The run as it would be, had it been killed before its second last step."""
-    shutil.copytree(run, to)
-    for name in ("adapter", "checkpoint-10"):
-        shutil.rmtree(to / name)
-    for left in [to / "report.json", *to.rglob("*outcome*")]:
-        left.unlink()
+    shutil.rmtree(unfinished_copy(run, to) / "checkpoint-10")
     metrics = to / "metrics.jsonl"
     rows = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(row for row in rows if json.loads(row)["step"] <= 8))
@@ -94,6 +91,14 @@ def test_the_product_of_the_first_plan_stays_the_global_batch(tune: Any, ddp_run
     changed, plan, _ = replan.replan(config, begun[1], replan.Changes(hardware="cpu:1"))
     assert (plan.processes, plan.global_batch, changed.global_batch_size) == (1, 12, 12)
     assert (plan.engine, plan.dtype) == (begun[1].engine, begun[1].dtype) == (changed.engine, changed.dtype)
+
+
+@pytest.mark.parametrize("asked", [{"stages": 2}, {"device_map": "balanced"}])
+def test_a_split_that_was_asked_for_stays_one(asked: dict[str, Any], split_run: Any) -> None:
+    config, plan = RunDir(split_run.run).read()
+    config = config.replace(strategy="auto", **asked)
+    assert replan.replan(config, plan, replan.Changes())[1].strategy == "model_parallel"
+    assert replan.replan(config, plan, replan.Changes(strategy="ddp"))[1].strategy == "ddp"
 
 
 def test_a_run_that_is_being_trained_keeps_its_plan(tune: Any, ddp_run: Any, tmp_path: Path) -> None:

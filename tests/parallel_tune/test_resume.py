@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from started_commands import Alive, Command, Ended, Once, finding_processes
+from started_commands import Alive, Command, Ended, Once, finding_processes, unfinished_copy
 
 DDP = ("--strategy=noted_ddp", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
 SPLIT = ("--strategy=noted_split", "--hardware=cpu:2", "--save_steps=2", "--save_total_limit=2")
@@ -359,15 +359,6 @@ def test_a_damaged_row_of_figures_does_not_keep_a_run_from_being_resumed(
     resumed = tune("resume", str(run), base=False)
     assert "the row of step 1 is damaged" in (run / "logs" / "rank-0.log").read_text()
     assert resumed.report["samples"] == split_run.report["samples"] - split_run.metrics[0]["samples"]
-
-
-def unfinished_copy(run: Path, to: Path) -> Path:
-    """The run as it would be, had it been killed before its result was written."""
-    shutil.copytree(run, to)
-    shutil.rmtree(to / "adapter")
-    for left in [to / "report.json", *to.rglob("*outcome*")]:
-        left.unlink()
-    return to
 
 
 def weights(run: Path) -> list[float]:
