@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -31,6 +32,15 @@ def end(process: subprocess.Popen[Any]) -> None:
     for descendant in descendants:
         with contextlib.suppress(psutil.Error):
             descendant.kill()
+
+
+def naming(run: Path) -> list[int]:
+    """Processes that still name the run in their command line."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])  # a zombie has none
+        if any(str(run) in word for word in process.info["cmdline"] or [])
+    ]
 
 
 def end_orderly() -> None:

@@ -21,6 +21,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+from children import naming  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")
 LIMIT_SECONDS = 300
 """A run that takes longer counts as hung."""
@@ -31,7 +35,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +83,7 @@ def one_run(run: Path, model: Path, data: Path, processes: int) -> dict[str, Any
         "code": code,
         "seconds": round(time.monotonic() - started, 2),
         "result": (run / "report.json").exists() and (run / "adapter" / "adapter_model.safetensors").exists(),
-        "left": left_processes(run),
+        "left": len(naming(run)),
     }
     if code != 0:
         row["said"] = run.with_suffix(".log").read_text()[-2000:]
@@ -89,17 +93,6 @@ def one_run(run: Path, model: Path, data: Path, processes: int) -> dict[str, Any
 def environment() -> dict[str, str]:
     """Offline, on the CPU, with one thread a process."""
     return os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-def left_processes(run: Path) -> int:
-    """Processes that still name the run in their command line."""
-    count = 0
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            count += str(run).encode() in path.read_bytes()
-        except OSError:
-            continue
-    return count
 
 
 def make_model(folder: Path) -> Path:

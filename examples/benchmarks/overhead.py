@@ -157,8 +157,8 @@ def figures(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
             [statistics.median(pair[side]["seconds"][step] for pair in pairs) for step in steps] for side in (0, 1)
         )
         starts = {
-            turn: ours["first_step_seconds"] / bare["first_step_seconds"] - 1
-            for turn, (bare, ours) in zip(turns, pairs, strict=True)
+            turn: pair[1]["first_step_seconds"] / pair[0]["first_step_seconds"] - 1
+            for turn, pair in zip(turns, pairs, strict=True)
         }
         cold = [share for turn, share in starts.items() if turn < options.cold_turns]
         warm = [share for turn, share in starts.items() if turn >= options.cold_turns]

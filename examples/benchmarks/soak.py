@@ -25,10 +25,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
-from children import bound, end, end_orderly  # noqa: E402
+from children import bound, end, end_orderly, naming  # noqa: E402
 from rows import make_rows  # noqa: E402
 from running import QUIET, Record, add_common, hardware_name, random_model, say, work_folder  # noqa: E402
-from soak_faults import FAULTS, STOPPED_SECONDS, left  # noqa: E402
+from soak_faults import FAULTS, STOPPED_SECONDS  # noqa: E402
 
 WAYS: dict[str, tuple[str, ...]] = {
     "ddp": ("--strategy=ddp",),
@@ -154,7 +154,7 @@ def fault(process: subprocess.Popen[Any], run: Path, seconds: float, draw: rando
 def still_there(run: Path) -> int:
     """Processes of an ended run that do not go away; they are ended here."""
     deadline = time.monotonic() + LEAVING_SECONDS
-    while (pids := left(run)) and time.monotonic() < deadline:
+    while (pids := naming(run)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in pids:
         os.kill(pid, 9)

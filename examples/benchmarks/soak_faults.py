@@ -90,16 +90,6 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def left(run: Path) -> list[int]:
-    """Processes that still name the run in their command line."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        names = process.info["cmdline"] or []
-        if any(str(run) in name for name in names) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.pid)
-    return found
-
-
 def _ranks(run: Path) -> list[int]:
     found = []
     for path in (run / "logs").glob("rank-*.pid"):

@@ -25,6 +25,14 @@ BASE = (
 )  # fmt: skip
 
 
+def cut_at_3(run: Path, to: Path) -> Path:
+    """A run of six steps as it would be, had it been killed after its third."""
+    shutil.copytree(run, to)
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(to / name)
+    return to
+
+
 def needs(engine: str, method: str = "lora") -> None:
     packages = [*(["unsloth"] if engine == "unsloth" else []), *(["bitsandbytes"] if method == "4bit" else [])]
     if missing := [name for name in packages if not installed(name)]:
@@ -99,10 +107,7 @@ def test_a_run_goes_on_and_its_exports_load_in_plain_peft(
     split = ("--stages=2",) if strategy == "model_parallel" else ()
     options = (f"--model={model}", f"--engine={engine}", f"--strategy={strategy}", *split, *BASE)
     whole = tune(tmp_path / "whole", *options, "--save_steps=3")
-    again = tmp_path / "again"
-    shutil.copytree(whole.path, again)
-    for name in ("checkpoint-6", "adapter"):
-        shutil.rmtree(again / name)
+    again = cut_at_3(whole.path, tmp_path / "again")
     resumed = tune(again, verb="resume")
     print(engine, strategy, whole.losses, resumed.losses)
     assert [row["step"] for row in resumed.rows][-3:] == [4, 5, 6]
@@ -137,10 +142,7 @@ def test_a_run_on_two_cards_goes_on_otherwise(
     batching = [option for option in BASE if "max_devices" not in option]
     options = (f"--model={shape('llama-1b')}", f"--engine={engine}", *batching, "--strategy=ddp", "--capture=off")
     whole = tune(tmp_path / "whole", *options, "--save_steps=3")
-    again = tmp_path / "again"
-    shutil.copytree(whole.path, again)
-    for name in ("checkpoint-6", "adapter"):
-        shutil.rmtree(again / name)
+    again = cut_at_3(whole.path, tmp_path / "again")
     resumed = tune(again, changes, verb="resume")
     print(engine, changes, whole.losses, resumed.losses)
     assert (whole.report["world_size"], resumed.report["world_size"]) == (2, 1)
